@@ -1,0 +1,1 @@
+"""Corpora: labels and audio in their own layouts in, items with ids and splits out."""

@@ -1,0 +1,1 @@
+"""The second half: targets and waveforms from the disk in, a trained student out."""

@@ -1,0 +1,1 @@
+"""Between the halves: reads stores, writes which layers a student learns from."""

@@ -1,0 +1,1 @@
+"""Probes: cached features of a model and labels in, scores out."""

@@ -1,0 +1,1 @@
+"""The first half: the only package, besides export, that imports transformers."""
