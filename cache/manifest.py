@@ -163,9 +163,13 @@ def check_manifest(utterances: Sequence[Utterance], where: str) -> None:
         seen[u.id] = number
         pure = PurePosixPath(u.path)
         if pure.is_absolute() or ".." in pure.parts:
-            raise DataError(f"{line}: the path {u.path!r} of {u.id} leads outside its corpus; make it relative to the root")
+            raise DataError(
+                f"{line}: the path {u.path!r} of {u.id} leads outside its corpus; make it relative to the root"
+            )
         if u.samples < FIELD:
-            raise DataError(f"{line}: {u.id} has {u.samples} samples, fewer than the {FIELD} of one frame; leave it out")
+            raise DataError(
+                f"{line}: {u.id} has {u.samples} samples, fewer than the {FIELD} of one frame; leave it out"
+            )
         for name, split in [("split", u.split), *u.tasks.items()]:
             if split not in SPLITS:
                 raise DataError(f"{line}: {name} of {u.id} is {split!r}; choose one of {', '.join(SPLITS)}")

@@ -1,0 +1,123 @@
+"""Receipts: what a finished store holds, as one small deterministic JSON; and opening a store against it.
+
+DVC tracks receipts, never stores. A receipt has no time, host or absolute path, so making the same store again gives
+the same bytes. It names every shard with its size and hash: a store that was damaged, swapped or made from something
+else is refused when it is opened, before a number is read.
+"""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from cache.errors import StoreError
+from cache.publish import digest_json, read_json
+from cache.ragged import FORMAT, Store, check_array
+from cache.writer import Journal
+from cache.zarrshard import shard_path
+
+
+def store_root() -> Path:
+    """Where stores live: $DECANT_STORE, else store/ of the DVC checkout that runs us, else store/ here.
+
+    Under `dvc exp run --temp` or `--queue` DVC_ROOT names the main checkout, so experiments share its stores.
+    """
+    if place := os.environ.get("DECANT_STORE"):
+        return Path(place)
+    return Path(os.environ.get("DVC_ROOT", ".")) / "store"
+
+
+def store_key(kind: str, fingerprint: dict[str, Any]) -> str:
+    """The name of a store: a digest of everything that decides its bytes."""
+    return digest_json({"format": FORMAT, "kind": kind, "fingerprint": fingerprint})[:20]
+
+
+def store_path(kind: str, key: str) -> Path:
+    """The folder of a store of kind "waves" or "features"."""
+    return store_root() / kind / key
+
+
+def make_receipt(directory: Path, arrays: Iterable[str]) -> dict[str, Any]:
+    """The receipt of some arrays of a store, from its journal.
+
+    Raises:
+        StoreError: a shard of them is missing or not as it was committed.
+    """
+    store = Store(directory)
+    journal = Journal(directory)
+    described: dict[str, dict[str, Any]] = {}
+    for name in arrays:
+        shards = _check_shards(store, journal, name)
+        described[name] = {"width": store.width, "codec": store.codec, "digest": digest_json(shards), "shards": shards}
+    return {
+        "format": FORMAT,
+        "kind": store.kind,
+        "key": store.key,
+        "fingerprint": store.fingerprint,
+        "arrays": described,
+        "utterances": len(store.rows),
+        "rows": int(store.rows.sum()),
+        "bytes": sum(size for a in described.values() for size, _ in a["shards"]),
+    }
+
+
+def _check_shards(store: Store, journal: Journal, array: str) -> list[list[Any]]:
+    """[bytes, xxh3] of every shard of an array, after comparing names and sizes with what lies there."""
+    check_array(store.directory, store.spec(array), store.grid, store.plan.num_rows)
+    shards: list[list[Any]] = []
+    for shard in range(store.plan.num_shards):
+        path = shard_path(store.directory, store.spec(array), shard)
+        row = journal.rows.get((array, shard))
+        if row is None:
+            raise StoreError(
+                f"{path} was never finished; run the stage that writes it again, it goes on where it stopped"
+            )
+        if not path.exists():
+            raise StoreError(
+                f"{path} is missing; run the stage that writes it again (`dvc repro -f`), it makes only this shard"
+            )
+        if (size := path.stat().st_size) != row[0]:
+            raise StoreError(
+                f"{path} has {size} bytes and was committed with {row[0]}; run the stage that writes it again (`dvc repro -f`)"
+            )
+        shards.append([row[0], row[1]])
+    return shards
+
+
+def open_arrays(kind: str, key: str, arrays: dict[str, str], verify: bool = False) -> Store:
+    """Open a store of which these arrays, by name and digest, are wanted.
+
+    Raises:
+        StoreError: the store is not there, unfinished, or not the one that was meant.
+    """
+    directory = store_path(kind, key)
+    if not (directory / "zarr.json").exists():
+        stage = "prepare" if kind == "waves" else "extract"
+        raise StoreError(
+            f"the store {kind}/{key} is not under {store_root()}; make it with `dvc repro -f {stage}`, "
+            "or set DECANT_STORE to where it is"
+        )
+    store, journal = Store(directory, tuple(arrays), verify), Journal(directory)
+    if (store.kind, store.key) != (kind, key):
+        raise StoreError(
+            f"{directory} says it is {store.kind}/{store.key}: a store was copied over another; extract again"
+        )
+    for name, digest in arrays.items():
+        if digest_json(_check_shards(store, journal, name)) != digest:
+            raise StoreError(
+                f"{directory}: {name} is not what the receipt describes; run `dvc repro` to bring both in step"
+            )
+    return store
+
+
+def open_receipt(receipt: Path | dict[str, Any], verify: bool = False) -> Store:
+    """Open the store that a receipt describes, with all arrays it names.
+
+    Raises:
+        StoreError: see `open_arrays`; also a receipt of another format.
+    """
+    described = receipt if isinstance(receipt, dict) else read_json(receipt)
+    if described.get("format") != FORMAT:
+        raise StoreError(f"{receipt}: receipt format {described.get('format')!r}, this version reads {FORMAT}")
+    arrays = {name: a["digest"] for name, a in described["arrays"].items()}
+    return open_arrays(described["kind"], described["key"], arrays, verify)

@@ -1,0 +1,165 @@
+"""Rows in, the bytes and metadata of Zarr v3 out: whole shards with a checksum per chunk, laid in order.
+
+Written by hand for one reason: through zarr-python whole shards are written at less than half of the disk's speed and
+read at a thirtieth (docs/decisions/0003). What lies on disk is plain Zarr v3 (`sharding_indexed`, `bytes`, `crc32c`),
+which the tests read back with zarr-python and tensorstore.
+"""
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+from jaxtyping import Shaped, UInt64
+
+from cache.errors import StoreError
+from cache.publish import publish_file, write_json
+
+CRC_BYTES = 4
+NO_CHUNK = 2**64 - 1  # the mark of an absent chunk in a shard's index (Zarr v3, sharding codec)
+FILL: dict[str, Any] = {"float16": "NaN", "float32": "NaN", "int16": 0, "int64": 0, "uint8": 0}
+
+
+@dataclass(frozen=True, slots=True)
+class ArraySpec:
+    """What one array of a store is: (rows, width) of `codec`, or (rows,) where `width` is None."""
+
+    name: str
+    width: int | None
+    codec: str
+    """float16 | float32 | int16: the type on disk."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of one stored value."""
+        return np.dtype(self.codec)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return self.dtype.itemsize * (1 if self.width is None else self.width)
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """How the rows of all arrays of a store are cut."""
+
+    chunk_rows: int
+    shard_rows: int
+
+    @property
+    def chunks(self) -> int:
+        """Chunks in a shard."""
+        return self.shard_rows // self.chunk_rows
+
+
+def crc32c(data: Any) -> bytes:
+    """CRC-32C of a buffer as Zarr stores it: four bytes, little-endian."""
+    view = np.frombuffer(data, dtype=np.uint8)
+    view.flags.writeable = False  # the C function takes nothing that could change under it
+    return struct.pack("<I", google_crc32c.value(view))
+
+
+def encode_shard(rows: Shaped[np.ndarray, "R ..."], spec: ArraySpec, grid: Grid) -> bytearray:
+    """The bytes of one shard file: R <= shard_rows rows, cut into chunks, each with its checksum, then the index."""
+    assert rows.dtype == spec.dtype
+    assert len(rows) <= grid.shard_rows
+    chunk_bytes = grid.chunk_rows * spec.row_bytes
+    used = -(-len(rows) // grid.chunk_rows)
+    index_bytes = 16 * grid.chunks + CRC_BYTES
+    out = bytearray(used * (chunk_bytes + CRC_BYTES) + index_bytes)
+    flat = np.ascontiguousarray(rows).reshape(-1).view(np.uint8)
+    index = np.full((grid.chunks, 2), NO_CHUNK, dtype="<u8")
+    for c in range(used):
+        at = c * (chunk_bytes + CRC_BYTES)
+        data = flat[c * chunk_bytes : (c + 1) * chunk_bytes]
+        if len(data) < chunk_bytes:  # the end of the last chunk is fill
+            fill = np.full(chunk_bytes // spec.dtype.itemsize, FILL[spec.codec], dtype=spec.dtype).view(np.uint8)
+            data = np.concatenate([data, fill[len(data) :]])
+        out[at : at + chunk_bytes] = data.data
+        out[at + chunk_bytes : at + chunk_bytes + CRC_BYTES] = crc32c(data)
+        index[c] = at, chunk_bytes + CRC_BYTES
+    at = len(out) - index_bytes
+    out[at : at + 16 * grid.chunks] = index.tobytes()
+    out[at + 16 * grid.chunks :] = crc32c(index)
+    return out
+
+
+def decode_index(data: bytes, grid: Grid, where: Path) -> UInt64[np.ndarray, "N 2"]:
+    """Offset and size of each chunk of a shard, from the last bytes of its file.
+
+    Raises:
+        StoreError: cut short, or its checksum differs.
+    """
+    body = data[:-CRC_BYTES]
+    if len(body) != 16 * grid.chunks or crc32c(body) != data[-CRC_BYTES:]:
+        raise StoreError(f"{where}: the shard's index is damaged; run the extraction again to replace the shard")
+    return np.frombuffer(body, dtype="<u8").astype(np.uint64).reshape(-1, 2)
+
+
+def array_metadata(spec: ArraySpec, grid: Grid, num_rows: int) -> dict[str, Any]:
+    """The zarr.json of a sharded array."""
+    inner = [] if spec.width is None else [spec.width]
+    checked = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+    sharding = {
+        "chunk_shape": [grid.chunk_rows, *inner],
+        "codecs": checked,
+        "index_codecs": checked,
+        "index_location": "end",
+    }
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": [num_rows, *inner],
+        "data_type": spec.codec,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [grid.shard_rows, *inner]}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": FILL[spec.codec],
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        "dimension_names": ["row"] if spec.width is None else ["row", "channel"],
+        "attributes": {},
+    }
+
+
+def shard_path(store: Path, spec: ArraySpec, shard: int) -> Path:
+    """The file of one shard: Zarr's default chunk keys."""
+    return store / spec.name / "c" / (str(shard) if spec.width is None else f"{shard}/0")
+
+
+def write_column(directory: Path, values: Shaped[np.ndarray, " N"]) -> None:
+    """Write a small one-dimensional array as a Zarr array of one checked chunk."""
+    body = values.astype(values.dtype.newbyteorder("<")).tobytes()
+    (directory / "c").mkdir(parents=True, exist_ok=True)
+    with publish_file(directory / "c" / "0") as partial:
+        partial.write_bytes(body + crc32c(body))
+    metadata = {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": [len(values)],
+        "data_type": values.dtype.name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [len(values)]}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": 0,
+        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+        "attributes": {},
+    }
+    if values.dtype.itemsize == 1:  # one byte has no order, and tensorstore refuses one
+        metadata["codecs"] = [{"name": "bytes"}, {"name": "crc32c"}]
+    write_json(directory / "zarr.json", metadata)
+
+
+def read_column(directory: Path, dtype: str) -> Shaped[np.ndarray, " N"]:
+    """Read what `write_column` wrote.
+
+    Raises:
+        StoreError: missing or damaged.
+    """
+    try:
+        data = (directory / "c" / "0").read_bytes()
+    except FileNotFoundError:
+        raise StoreError(f"{directory} is missing from the store; delete the store and extract again") from None
+    if crc32c(data[:-CRC_BYTES]) != data[-CRC_BYTES:]:
+        raise StoreError(f"{directory} is damaged; delete the store and extract again")
+    return np.frombuffer(data[:-CRC_BYTES], dtype=dtype)
