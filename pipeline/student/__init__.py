@@ -1,1 +1,1 @@
-"""The student: its shape, its encoder, its files."""
+"""Students: a shape in, an encoder with trained weights out; nothing here knows a teacher object."""

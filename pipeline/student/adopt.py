@@ -1,0 +1,177 @@
+"""Adoption: a Hugging Face folder in, its trunk under the student's names out; then those tensors into a student.
+
+The folder is read as plain files, config.json and model.safetensors: no transformers, no teacher object. Every tensor is
+accounted for: renamed, left out for a reason given here, or an error.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cache.errors import SettingsError, StoreError
+from cache.publish import read_json
+from pipeline.student.encoder import Encoder
+from pipeline.student.shape import KERNELS, STRIDES, DropoutRates, EncoderShape
+
+FAMILIES = ("hubert", "wav2vec2", "wavlm")
+
+RENAMED = [
+    (r"feature_extractor\.conv_layers\.(\d+)\.conv\.", r"front.\1.conv."),
+    (r"feature_extractor\.conv_layers\.(\d+)\.layer_norm\.", r"front.\1.norm."),
+    (r"feature_projection\.layer_norm\.", "feature_norm."),
+    (r"feature_projection\.projection\.", "projection."),
+    # three spellings of weight norm: before transformers 4.3x, since then, and exports of either
+    (r"encoder\.pos_conv_embed\.conv\.(weight_g|parametrizations\.weight\.original0)$", "position.magnitude"),
+    (r"encoder\.pos_conv_embed\.conv\.(weight_v|parametrizations\.weight\.original1)$", "position.direction"),
+    (r"encoder\.pos_conv_embed\.conv\.bias$", "position.bias"),
+    (r"encoder\.layer_norm\.", "norm."),
+    (r"encoder\.layers\.(\d+)\.attention\.q_proj\.", r"blocks.\1.attention.query."),
+    (r"encoder\.layers\.(\d+)\.attention\.k_proj\.", r"blocks.\1.attention.key."),
+    (r"encoder\.layers\.(\d+)\.attention\.v_proj\.", r"blocks.\1.attention.value."),
+    (r"encoder\.layers\.(\d+)\.attention\.out_proj\.", r"blocks.\1.attention.out."),
+    (r"encoder\.layers\.(\d+)\.layer_norm\.", r"blocks.\1.attention_norm."),
+    (r"encoder\.layers\.(\d+)\.feed_forward\.intermediate_dense\.", r"blocks.\1.ffn_up."),
+    (r"encoder\.layers\.(\d+)\.feed_forward\.output_dense\.", r"blocks.\1.ffn_down."),
+    (r"encoder\.layers\.(\d+)\.final_layer_norm\.", r"blocks.\1.ffn_norm."),
+]
+
+LEFT_OUT = re.compile(
+    r"masked_spec_embed$"  # stands in for masked frames in pretraining only
+    # WavLM's gated relative bias: students attend without it, as RobustDistiller does when it copies WavLM's layers
+    r"|encoder\.layers\.\d+\.attention\.(gru_rel_pos_const$|gru_rel_pos_linear\.|rel_attn_embed\.)"
+)
+
+HEADS = re.compile(  # of HubertForCTC and its like, beside the trunk
+    r"(lm_head|quantizer|project_q|project_hid|projector|classifier|layer_weights|tdnn|objective|feature_extractor"
+    r"|final_proj|label_embs_concat)\b"
+)
+
+
+def adopt(teacher_dir: Path) -> dict[str, Tensor]:
+    """The trunk's weights in float32 under the student's names.
+
+    Raises:
+        StoreError: a file is missing or damaged, the model is of another family, or a tensor is unknown, absent or of
+            another shape than config.json says; the message names it.
+    """
+    shape = read_shape(teacher_dir)
+    weights = _read_weights(Path(teacher_dir) / "model.safetensors")
+    family = read_json(Path(teacher_dir) / "config.json")["model_type"]
+    prefix = f"{family}." if any(key.startswith(f"{family}.") for key in weights) else ""
+    adopted: dict[str, Tensor] = {}
+    unknown = []
+    for key, tensor in weights.items():
+        name = _rename(key.removeprefix(prefix)) if key.startswith(prefix) else None
+        if name is not None:
+            adopted[name] = tensor.float().contiguous()
+        elif not LEFT_OUT.match(key.removeprefix(prefix)) and not (prefix and HEADS.match(key)):
+            unknown.append(key)
+    if unknown:
+        raise StoreError(
+            f"{teacher_dir}: unknown tensors in model.safetensors: {_listed(unknown)}; not a plain {family}"
+        )
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in Encoder(shape).state_dict().items()}
+    if differing := sorted(set(expected) ^ set(adopted)):
+        raise StoreError(f"{teacher_dir}: config.json and model.safetensors disagree about {_listed(differing)}")
+    for name, size in expected.items():
+        if tuple(adopted[name].shape) != size:
+            raise StoreError(f"{teacher_dir}: {name} is {tuple(adopted[name].shape)} but config.json says {size}")
+    return adopted
+
+
+def read_shape(teacher_dir: Path, normalise: bool = False) -> EncoderShape:
+    """The trunk's shape from config.json; whether waveforms are normalised is not written there.
+
+    Raises:
+        StoreError: a family or an option that the encoder does not compute.
+    """
+    path = Path(teacher_dir) / "config.json"
+    config: dict[str, Any] = read_json(path)
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise StoreError(f"{path}: model_type is {family!r}; a student can adopt from {', '.join(FAMILIES)}")
+    for key, wanted in {
+        "conv_kernel": list(KERNELS),
+        "conv_stride": list(STRIDES),
+        "hidden_act": "gelu",
+        "feat_extract_activation": "gelu",
+        "conv_pos_batch_norm": False,
+        "layer_norm_eps": 1e-5,
+    }.items():
+        if config.get(key, wanted) != wanted:
+            raise StoreError(f"{path}: {key} is {config[key]!r}; the student's encoder only computes {wanted!r}")
+    blocks, heads = config["num_hidden_layers"], config["num_attention_heads"]
+    return EncoderShape(
+        conv_channels=tuple(config["conv_dim"]),
+        conv_bias=config["conv_bias"],
+        front_norm=config["feat_extract_norm"],
+        feature_norm=config.get("feat_proj_layer_norm", True),
+        normalise=normalise,
+        width=config["hidden_size"],
+        heads=(heads,) * blocks,
+        head_width=config["hidden_size"] // heads,
+        ffn=(config["intermediate_size"],) * blocks,
+        position_kernel=config["num_conv_pos_embeddings"],
+        position_groups=config["num_conv_pos_embedding_groups"],
+        pre_norm=config["do_stable_layer_norm"],
+        dropout=DropoutRates(
+            features=config.get("feat_proj_dropout", 0.0),
+            hidden=config["hidden_dropout"],
+            attention=config["attention_dropout"],
+            activation=config["activation_dropout"],
+        ),
+    )
+
+
+@torch.no_grad()
+def copy_adopted(encoder: Encoder, init_file: Path) -> None:
+    """Copy an adopted trunk into a student: its convolutions, projection, positions and first blocks.
+
+    Not copied: the encoder's own norm, which starts at 1 and 0 as in DistilHuBERT, and what the student's shape leaves
+    out, which is the feature norm or the later blocks.
+
+    Raises:
+        SettingsError: a tensor of the student is not in the file or has another shape there.
+        StoreError: the file is missing or damaged.
+    """
+    adopted = _read_weights(Path(init_file))
+    for name, tensor in encoder.state_dict().items():
+        if name.startswith("norm."):
+            continue
+        remedy = "change the student's shape, or its init to {kind: random}"
+        if name not in adopted:
+            raise SettingsError(f"{init_file} has no {name}, which the student's shape asks for; {remedy}")
+        if adopted[name].shape != tensor.shape:
+            there, here = tuple(adopted[name].shape), tuple(tensor.shape)
+            raise SettingsError(f"{name} is {there} in {init_file} but {here} by the student's shape; {remedy}")
+        tensor.copy_(adopted[name])
+    if unused := [
+        n for n in adopted if n not in encoder.state_dict() and not n.startswith(("blocks.", "feature_norm."))
+    ]:
+        raise SettingsError(f"{init_file} has {_listed(unused)}, which the student's shape has no place for")
+
+
+def _rename(key: str) -> str | None:
+    for pattern, name in RENAMED:
+        if match := re.match(pattern, key):
+            return match.expand(name) + key[match.end() :]
+    return None
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    if not path.exists():
+        raise StoreError(f"{path} does not exist; write it with `decant teacher` (or `dvc repro`)")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise StoreError(f"{path} is damaged ({error}); delete it and run `decant teacher` again") from error
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
