@@ -1,0 +1,129 @@
+"""Probe tasks: a manifest and the name of a task in, its labelled splits out.
+
+A task is one row of `TASKS`: which label of an utterance it predicts and how it is scored. Which utterances take part,
+and in which split, is written in the manifest by `prepare`, because only the corpus knows its official splits.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cache.errors import DataError, SettingsError
+from cache.manifest import SPLITS, Manifest, Utterance
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What is predicted from a whole utterance, and how that is scored."""
+
+    name: str
+    """As in `probes.<name>` of params.yaml and `tasks` of the manifest."""
+    title: str
+    """For people."""
+    superb: str
+    """The SUPERB task whose head and procedure this one follows."""
+    metric: str
+    higher_is_better: bool
+    field: str
+    """The field of a manifest line that holds the label."""
+    label: Callable[[Utterance], str | None]
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("kws", "Keyword spotting", "KS", "accuracy", True, "keyword", lambda utterance: utterance.keyword),
+        Task("sid", "Speaker identification", "SID", "accuracy", True, "speaker", lambda utterance: utterance.speaker),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """The utterances of one split, in manifest order, each with the index of its class."""
+
+    ids: tuple[str, ...]
+    classes: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledSplits:
+    """One task over one manifest."""
+
+    task: Task
+    names: tuple[str, ...]
+    """The K classes, sorted; `Examples.classes` indexes them."""
+    train: Examples
+    dev: Examples
+    test: Examples
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Every utterance that takes part."""
+        return self.train.ids + self.dev.ids + self.test.ids
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of a guess that is uniform over the classes."""
+        return 1 / len(self.names)
+
+    @property
+    def majority(self) -> float:
+        """Test accuracy of always naming the most frequent class of the training split (the first such by name)."""
+        counts = Counter(self.train.classes)
+        favourite = min(counts, key=lambda index: (-counts[index], index))
+        return self.test.classes.count(favourite) / len(self.test)
+
+
+def task_named(name: str) -> Task:
+    """The row of the table, or a refusal that names the choices."""
+    if name not in TASKS:
+        raise SettingsError(f"there is no probe task '{name}'; choose one of {', '.join(sorted(TASKS))}")
+    return TASKS[name]
+
+
+def labelled_splits(manifest: Manifest, task: Task) -> LabelledSplits:
+    """Sort the utterances that take part in `task` into their splits, and refuse a task that cannot be scored."""
+    labels: dict[str, list[tuple[str, str]]] = {split: [] for split in SPLITS}
+    for utterance in manifest:
+        split = utterance.tasks.get(task.name)
+        if split is None:
+            continue
+        label = task.label(utterance)
+        if label is None:
+            raise DataError(
+                f"{utterance.id} takes part in task '{task.name}' but has no {task.field}; "
+                f"give it one or drop '{task.name}' from its tasks"
+            )
+        labels[split].append((utterance.id, label))
+    if not any(labels.values()):
+        raise DataError(
+            f"no utterance of the manifest takes part in task '{task.name}'; "
+            "add a corpus that labels it to `prepare.sources`, or drop the probe"
+        )
+    for split, rows in labels.items():
+        if not rows:
+            raise DataError(
+                f"task '{task.name}' has no {split} utterances; a probe needs train, dev and test: "
+                "change the split fractions of `prepare` or add data"
+            )
+    names = tuple(sorted({label for _, label in labels["train"]}))
+    index = {name: number for number, name in enumerate(names)}
+    for split in ("dev", "test"):
+        for utterance_id, label in labels[split]:
+            if label not in index:
+                raise DataError(
+                    f"{utterance_id}: {task.field} '{label}' is in the {split} split of task '{task.name}' but has no "
+                    "training example; add some, or leave that class out of the task"
+                )
+    if len(names) < 2:
+        raise DataError(f"task '{task.name}' has one class only ('{names[0]}'); there is nothing to tell apart")
+
+    def examples(split: str) -> Examples:
+        rows = labels[split]
+        return Examples(tuple(utterance_id for utterance_id, _ in rows), tuple(index[label] for _, label in rows))
+
+    return LabelledSplits(task, names, examples("train"), examples("dev"), examples("test"))
