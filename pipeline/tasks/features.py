@@ -43,7 +43,7 @@ def pool(
     manifest: Manifest,
     ids: Sequence[str],
     normalise_layers: bool,
-    on_pooled: Callable[[int], None] | None = None,
+    on_pooled: Callable[[float], None] | None = None,
 ) -> PooledFeatures:
     """Read `layers` of `ids` once, in the order of the store, and average over time in float32.
 
@@ -64,7 +64,7 @@ def pool(
         valid = torch.arange(batch.shape[2])[None] < torch.from_numpy(np.asarray(counts))[:, None]
         means[block] = mean_over_frames(batch, valid)
         if on_pooled is not None:
-            on_pooled(len(block))
+            on_pooled(float(len(block)))
     if not bool(means.isfinite().all()):
         worst = int((~means.isfinite()).flatten(1).any(1).nonzero()[0, 0])
         raise DataError(f"{ids[worst]}: its features are not finite; check the model, then extract it again")
