@@ -16,7 +16,7 @@ from jaxtyping import Int64
 
 from cache.errors import DataError
 from cache.frames import FIELD, num_frames
-from cache.publish import digest_bytes, publish_file
+from cache.publish import digest_bytes, digest_json, publish_file
 
 SPLITS = ("train", "dev", "test")
 
@@ -80,8 +80,13 @@ class Manifest:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the manifest's text; with the audio hashes in it, it fixes every sample."""
+        """SHA-256 of the manifest's text: labels, splits, and through their hashes all samples."""
         return digest_bytes(manifest_text(self).encode())
+
+    @cached_property
+    def audio_digest(self) -> str:
+        """SHA-256 of ids and audio alone: what stores depend on. A corrected label changes no store."""
+        return digest_json([[u.id, u.samples, u.audio] for u in self.utterances])
 
     @cached_property
     def samples(self) -> Int64[np.ndarray, " U"]:
@@ -92,6 +97,10 @@ class Manifest:
         """The utterances of a pretraining split and/or those that take part in a probe task, order kept."""
         chosen = (u for u in self.utterances if split is None or u.split == split)
         return Manifest(tuple(u for u in chosen if task is None or task in u.tasks))
+
+    def labelled(self) -> "Manifest":
+        """The utterances that take part in any probe task, order kept."""
+        return Manifest(tuple(u for u in self.utterances if u.tasks))
 
 
 def manifest_text(manifest: Manifest) -> str:

@@ -1,0 +1,40 @@
+# make demo   the environment, the whole pipeline on the embedded corpus, and where to look
+# make test   the environment if need be, and the test suite
+# make lint   formatter, linter, type checker, import contracts
+# make pins   write constraints.txt anew from the environment
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.PHONY: env demo test lint pins readme
+env: $(VENV)/.ready
+
+# uv, itself from the package index, installs the pinned environment in well under a minute where pip takes several.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Decant needs Python 3.11 or newer, this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
+	uv pip install --quiet --python $(VENV)/bin/python --constraint constraints.txt --editable '.[dvc,embedded,test,lint]'
+	@touch $@
+
+demo: env
+	dvc repro
+	@echo
+	@decant report --show reports
+
+test: env
+	pytest -n 2 --dist worksteal
+
+lint: env
+	ruff format --check .
+	ruff check .
+	lint-imports
+	mypy
+
+# The table of the README, from the reports of the last run.
+readme: env
+	decant report --show reports --readme README.md
+
+pins: env
+	@uv pip freeze --python $(VENV)/bin/python --exclude-editable > constraints.txt

@@ -1,0 +1,62 @@
+"""The console script `decant`: one command per stage; an error a user can cause is one line and an exit code.
+
+Exit codes: 0 done; 1 a defect of ours; 2 a setting or option; 3 input data; 4 a store or model on disk; 5 the machine
+(disk, permission, lock); 75 stopped on request with its state saved; 130 interrupted from the keyboard.
+"""
+
+import os
+import sys
+from importlib import import_module
+
+import typer
+
+from cache.errors import DecantError
+from cache.process import die_with_parent
+
+STAGES = ("prepare", "teacher", "extract", "targets", "distill", "probe", "report")  # in the order of the pipeline
+
+# What a person typed wrong: typer exports only its subclass.
+UsageError = typer.BadParameter.__base__
+
+# No rich markup: it costs a quarter of a second at every --help.
+app = typer.Typer(
+    name="decant",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help=(
+        "Distil large self-supervised speech models into small ones from cached teacher features. "
+        "Each command is one stage; `dvc repro` runs those whose inputs changed. "
+        "`--debug`, anywhere, shows the full trace of an error."
+    ),
+)
+for name in STAGES:
+    app.command(name)(import_module(f"stages.{name}").main)
+
+
+def main() -> None:
+    """Run one stage; a `DecantError` becomes one line on stderr and its exit code."""
+    debug = "--debug" in sys.argv or os.environ.get("DECANT_DEBUG") == "1"
+    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    stage = " ".join(["decant", *[a for a in arguments[:1] if a in STAGES]])
+    die_with_parent()
+    try:
+        sys.exit(app(args=arguments, prog_name="decant", standalone_mode=False))
+    except DecantError as error:
+        if debug:
+            raise
+        print(f"{stage}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except UsageError as error:
+        print(f"{stage}: {error.format_message()} (see `{stage} --help`)", file=sys.stderr)  # type: ignore[attr-defined]
+        sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
+        print(f"{stage}: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output left: `decant ... | head`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # kept open for the interpreter's last flush
+        sys.exit(141)
+
+
+if __name__ == "__main__":
+    main()

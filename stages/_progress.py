@@ -1,0 +1,73 @@
+"""Work done in, what a person sees out: a bar on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+PLAIN_SECONDS = 10.0  # seconds between lines where there is no terminal
+
+
+@contextmanager
+def progress(title: str, total: float, unit: str) -> Iterator[Callable[..., None]]:
+    """Give `tick(amount, note="")`: `amount` of `total` more is done.
+
+    On a terminal a bar with rate and time left; otherwise a line every ten seconds and one at the end.
+    """
+    if sys.stdout.isatty():
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}"),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns) as bar:
+            task = bar.add_task(title, total=total, unit=unit, rate="", note="")
+            meter = _Meter(total)
+
+            def tick(amount: float, note: str = "") -> None:
+                meter.add(amount)
+                bar.update(task, advance=amount, rate=f"{meter.rate():,.0f} {unit}/s", note=note)
+
+            yield tick
+        return
+    meter = _Meter(total)
+    last = time.monotonic()
+
+    def tick_plain(amount: float, note: str = "") -> None:
+        nonlocal last
+        meter.add(amount)
+        if time.monotonic() - last >= PLAIN_SECONDS:
+            last = time.monotonic()
+            print(f"{title}: {meter.line(unit)} {note}".rstrip(), flush=True)
+
+    yield tick_plain
+    print(f"{title}: {meter.line(unit)}", flush=True)
+
+
+class _Meter:
+    """Amount done and its rate. The first tick may be work found done, so it does not count towards the rate."""
+
+    def __init__(self, total: float) -> None:
+        self.total, self.done, self.found = total, 0.0, 0.0
+        self.ticks = 0
+        self.start = time.monotonic()
+
+    def add(self, amount: float) -> None:
+        if self.ticks == 0 and time.monotonic() - self.start < 0.05:
+            self.found = amount
+        self.ticks += 1
+        self.done += amount
+
+    def rate(self) -> float:
+        return (self.done - self.found) / max(time.monotonic() - self.start, 1e-9)
+
+    def line(self, unit: str) -> str:
+        rate = self.rate()
+        left = (self.total - self.done) / rate if rate > 0 else 0.0
+        tail = f", {left:,.0f} s left" if self.done < self.total else ""
+        return f"{self.done:,.0f}/{self.total:,.0f} {unit} ({rate:,.0f}/s{tail})"
