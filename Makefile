@@ -21,7 +21,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: env
 	dvc repro
 	@echo
-	@decant report --show reports
+	@echo "Done. Open the report: $(CURDIR)/reports/index.html"
+	@echo "Change a student in params.yaml and run 'dvc repro': nothing but that student runs again."
 
 test: env
 	pytest -n 2 --dist worksteal
@@ -34,7 +35,9 @@ lint: env
 
 # The table of the README, from the reports of the last run.
 readme: env
-	decant report --show reports --readme README.md
+	decant report --manifest data/manifest.jsonl --waves receipts/waves.json --quarantine data/quarantine.jsonl \
+	  --receipts receipts/teachers --features receipts/features --models models --probes reports/probe --out reports \
+	  --readme README.md
 
 pins: env
 	@uv pip freeze --python $(VENV)/bin/python --exclude-editable > constraints.txt

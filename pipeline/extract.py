@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field
 from cache.errors import DataError, SettingsError, StoreError
 from cache.frames import RATE_HZ, frames_of
 from cache.manifest import Manifest
-from cache.ragged import Store, layer_name
+from cache.ragged import Store, layer_name, layer_of
 from cache.receipts import make_receipt, store_key, store_path
 from cache.writer import StoreWriter, open_writer
 from pipeline.padding import pad_waves
@@ -104,15 +104,9 @@ def extract(
     check_waves(chosen, waves)
     with open_writer(directory, header, [u.id for u in chosen], rows, names) as writer:
         writer.check_space()
-        seconds = chosen.samples / RATE_HZ
         todo = writer.missing()
-        tick(
-            sum(
-                float(seconds[list(writer.plan.utterances(s))].sum())
-                for s in range(writer.plan.num_shards)
-                if s not in todo
-            )
-        )
+        seconds = [chosen.samples[list(writer.plan.utterances(s))].sum() / RATE_HZ for s in range(writer.plan.num_shards)]
+        tick(float(sum(seconds[s] for s in range(writer.plan.num_shards) if s not in todo)))
         # One shard is written while the next is computed; waiting for it bounds memory to two shards.
         with ThreadPoolExecutor(1) as behind:
             pending: Future[None] | None = None
@@ -120,7 +114,7 @@ def extract(
                 buffers = forward_shard(upstream, chosen, waves, writer, shard, arrays, params, device)
                 if pending is not None:
                     pending.result()
-                pending = behind.submit(_commit, writer, shard, buffers, tick, seconds[shard])
+                pending = behind.submit(_commit, writer, shard, buffers, tick, float(seconds[shard]))
             if pending is not None:
                 pending.result()
     return make_receipt(directory, names)
@@ -153,7 +147,7 @@ def forward_shard(
         with torch.inference_mode():
             layers = upstream.layers(padded.to(device), samples.to(device))
             for array in arrays:
-                states = layers[int(array.removeprefix("layer-"))]
+                states = layers[layer_of(array)]
                 encoded = states.to(getattr(torch, params.codec)).cpu().numpy()
                 for row, u in enumerate(batch):
                     count = manifest[u].num_frames

@@ -1,11 +1,12 @@
 """What every model that can be extracted or probed looks like: waveforms in, one tensor per layer out."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 
+@runtime_checkable
 class Upstream(Protocol):
     """A frozen model at 50 frames per second: a teacher, a student, or log-mel features."""
 
