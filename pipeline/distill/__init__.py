@@ -1,1 +1,1 @@
-"""The second half: targets and waveforms from the disk in, a trained student out."""
+"""Distillation: stored targets and waveforms in, a trained student out; no teacher in the process."""

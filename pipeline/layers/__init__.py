@@ -1,1 +1,1 @@
-"""Between the halves: reads stores, writes which layers a student learns from."""
+"""Layers of teachers: receipts in, what a student is to predict out."""

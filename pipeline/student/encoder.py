@@ -53,7 +53,7 @@ class ConvLayer(nn.Module):
         x = self.conv(x)
         if isinstance(self.norm, LengthMaskedGroupNorm):
             self.norm.valid = valid
-            x = self.norm(x)
+            x = self.norm(x.to(self.norm.weight.dtype))  # statistics in float32 also under bfloat16 autocast
         elif self.norm is not None:
             x = self.norm(x.transpose(1, 2)).transpose(1, 2)
         return nn.functional.gelu(x)

@@ -1,0 +1,33 @@
+"""Rows of a training in, a CSV out that a killed run goes on writing without a row lost or doubled."""
+
+import os
+from pathlib import Path
+
+COLUMNS = ("step", "rate", "l1", "cosine", "total", "grad_norm", "dev_l1", "dev_cosine", "dev_total")
+
+
+class Curves:
+    """A growing CSV. Its length is part of the training's state: what a killed run wrote after it is cut off."""
+
+    def __init__(self, path: Path, keep_bytes: int) -> None:
+        self._file = open(path, "r+b" if keep_bytes else "wb")  # noqa: SIM115  # closed by __exit__
+        self._file.truncate(keep_bytes)
+        self._file.seek(keep_bytes)
+        if not keep_bytes:
+            self._file.write((",".join(COLUMNS) + "\n").encode())
+
+    def add(self, **values: float) -> None:
+        """One row; columns without a value stay empty."""
+        self._file.write((",".join(f"{values[c]:.9g}" if c in values else "" for c in COLUMNS) + "\n").encode())
+
+    def flush(self) -> int:
+        """Bring all rows to the disk and give their length in bytes."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def __enter__(self) -> "Curves":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()

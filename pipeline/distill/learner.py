@@ -1,0 +1,167 @@
+"""The learner: a batch in, loss terms and updated weights out; student and heads together, on one device."""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from pydantic import BaseModel, Field
+from torch import Tensor, nn
+
+from cache.errors import SettingsError
+from pipeline.distill.batches import Batch, Crop
+from pipeline.distill.heads import PredictionHeads, initialise_heads
+from pipeline.distill.losses import LossTerms, distillation_loss
+from pipeline.distill.schedule import make_optimizer, rate_at
+from pipeline.layers.targets import SingleTeacher, Targets
+from pipeline.padding import frame_mask
+from pipeline.student.adopt import copy_adopted
+from pipeline.student.encoder import Encoder, initialise
+from pipeline.student.shape import EncoderShape
+
+
+class Adopted(BaseModel, frozen=True, extra="forbid"):
+    """Start from a teacher's convolutions, projection, positions and first blocks."""
+
+    kind: Literal["adopted"]
+    """adopted: from the file given by --init."""
+
+
+class Random(BaseModel, frozen=True, extra="forbid"):
+    """Start from the seed."""
+
+    kind: Literal["random"]
+    """random: every weight is drawn."""
+
+
+class TrainParams(BaseModel, frozen=True, extra="forbid"):
+    """How a student is trained."""
+
+    steps: int = Field(ge=0)
+    """Updates; 0 leaves the student as it was initialised (a baseline)."""
+    batch_seconds: float = Field(gt=0)
+    """Padded audio in one batch."""
+    crop: Crop
+    """full, or aligned with max_seconds."""
+    learning_rate: float = Field(gt=0)
+    """Peak; 2e-4 in DistilHuBERT."""
+    warmup: float = Field(ge=0, le=1)
+    """Share of the steps in which the rate rises; 0.07 in DistilHuBERT."""
+    weight_decay: float = Field(ge=0)
+    """Of matrices and kernels; biases and norms never decay."""
+    clip: float | None = Field(gt=0)
+    """Largest gradient norm; null does not clip."""
+    feature_grad_mult: float = Field(ge=0)
+    """Factor on the gradient that reaches the convolutions; 0.1 in DistilHuBERT."""
+    l1_weight: float = Field(ge=0)
+    """Weight of the L1 term."""
+    cosine_weight: float = Field(ge=0)
+    """Weight of the cosine term; 1 in DistilHuBERT."""
+    precision: Literal["float32", "bfloat16"]
+    """Of the forward pass on a GPU; losses and norms are float32 in both, and so is all on a CPU."""
+    log_every: int = Field(gt=0)
+    """Steps between rows of curves.csv; a row is the mean since the row before."""
+    validate_every: int | None = Field(gt=0)
+    """Steps between validations on the dev split; null never validates."""
+    checkpoint_every: int = Field(gt=0)
+    """Steps between saved states, from which a killed run goes on."""
+
+
+class StudentParams(BaseModel, frozen=True, extra="forbid"):
+    """One student: what it learns from, how it starts, what it is, how it is trained."""
+
+    ensemble: SingleTeacher
+    """Whose layers are predicted."""
+    init: Annotated[Adopted | Random, Field(discriminator="kind")]
+    """Where the first weights come from."""
+    shape: EncoderShape
+    """What the student is."""
+    train: TrainParams
+    """How it is trained."""
+    seed: int = Field(ge=0)
+    """Of weights, order, crops and dropout."""
+
+
+class Update(NamedTuple):
+    """What one step did: training terms, gradient norm before clipping, learning rate."""
+
+    l1: float
+    cosine: float
+    total: float
+    grad_norm: float
+    rate: float
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether loss and gradient are numbers; only then were the weights changed."""
+        return math.isfinite(self.total) and math.isfinite(self.grad_norm)
+
+
+class Learner(nn.Module):
+    """A student with its heads and their optimiser."""
+
+    def __init__(self, params: StudentParams, targets: Targets, init: Path | None, device: str) -> None:
+        """Build and initialise; a pure function of the settings and the init file.
+
+        Raises:
+            SettingsError: the init is to be adopted and is not given or does not fit.
+        """
+        super().__init__()
+        self.params, self.device = params, torch.device(device)
+        self.encoder = Encoder(params.shape, params.train.feature_grad_mult)
+        self.heads = PredictionHeads(params.shape.width, targets.num_heads, targets.width)
+        generator = torch.Generator().manual_seed(params.seed)
+        initialise(self.encoder, generator)
+        initialise_heads(self.heads, generator)
+        if isinstance(params.init, Adopted):
+            if init is None:
+                raise SettingsError(
+                    "init is {kind: adopted}, which needs a file: pass --init data/init/TEACHER.safetensors"
+                )
+            copy_adopted(self.encoder, init)
+        self.to(self.device)
+        self.optimizer = make_optimizer([self.encoder, self.heads], params.train.weight_decay)
+        torch.manual_seed(params.seed)  # from here on dropout alone draws from it
+
+    def forward(self, batch: Batch) -> tuple[LossTerms, Float[Tensor, "B N T E"]]:
+        """Loss terms of a batch, and the predictions."""
+        train = self.params.train
+        half = train.precision == "bfloat16" and self.device.type == "cuda"
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
+            states = self.encoder(batch.waves.to(self.device), batch.samples.to(self.device))
+            predicted = self.heads(self.encoder.read_out(states))
+        targets, frames = batch.targets.to(self.device), batch.frames.to(self.device)
+        mask = frame_mask(frames, targets.shape[2])
+        return distillation_loss(predicted, targets, mask, train.l1_weight, train.cosine_weight), predicted
+
+    def update(self, batch: Batch, step: int) -> Update:
+        """Make update `step` of 1..steps, unless its loss or gradient is not finite."""
+        train = self.params.train
+        rate = rate_at(step, train.steps, train.learning_rate, train.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        terms, _ = self(batch)
+        terms.total.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters(), math.inf if train.clip is None else train.clip)
+        l1, cosine, total, grad_norm = torch.stack([*terms, norm]).tolist()  # one wait for the device
+        update = Update(l1, cosine, total, grad_norm, rate)
+        if update.is_finite:
+            self.optimizer.step()
+        return update
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Mean loss terms over all frames of some batches, without dropout."""
+        self.eval()
+        sums, frames = dict.fromkeys(LossTerms._fields, 0.0), 0
+        for batch in batches:
+            terms, _ = self(batch)
+            count = int(batch.frames.sum())
+            for name, term in zip(LossTerms._fields, terms, strict=True):
+                sums[name] += float(term) * count
+            frames += count
+        return {name: value / frames for name, value in sums.items()}

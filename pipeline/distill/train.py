@@ -1,0 +1,241 @@
+"""Distillation: settings, targets, waveforms and perhaps an init in; a folder with the student, its heads and curves out.
+
+While it trains, its state lies in a hidden sibling of the output, where neither DVC nor a reader looks. A killed run goes
+on from there, on a CPU bit for bit; a state of other settings, targets or audio is thrown away, and said to be.
+"""
+
+import platform
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from cache.errors import DataError, DecantError, Interrupted, StoreError
+from cache.frames import RATE_HZ
+from cache.manifest import Manifest
+from cache.process import exclusive
+from cache.publish import digest_file, digest_json, publish_dir, read_json, write_json
+from cache.ragged import Store
+from pipeline.distill.batches import Batch, BatchReader, plan_epoch
+from pipeline.distill.curves import Curves
+from pipeline.distill.interrupt import stop_requested
+from pipeline.distill.learner import Adopted, Learner, StudentParams, Update
+from pipeline.distill.state import Progress, Say, load_state, save_state
+from pipeline.layers.targets import Targets, open_targets, targets_json
+from pipeline.ordered import ordered_map
+from pipeline.student.checkpoint import save_student
+from pipeline.student.encoder import count_parameters
+
+AHEAD = 3  # batches read while one is computed
+
+Tick = Callable[..., None]
+
+
+def distil(
+    params: StudentParams,
+    targets: Targets,
+    manifest: Manifest,
+    waves: Store,
+    init: Path | None,
+    out: Path,
+    device: str,
+    tick: Tick,
+    say: Say,
+) -> dict[str, Any]:
+    """Train a student and publish it; gives its metrics.
+
+    Args:
+        params: the student's settings.
+        targets: the arrays it predicts.
+        manifest: the utterances; those of split train are learned from, those of split dev validate.
+        waves: their waveforms.
+        init: weights to adopt, where the settings say so.
+        out: the student's folder.
+        device: cpu, cuda, cuda:1.
+        tick: told each step, with a note.
+        say: told what a person should know.
+
+    Raises:
+        SettingsError: the init does not fit, or an utterance does not fit into a batch.
+        DataError: the manifest lacks a split, or its utterances are not those of the stores.
+        StoreError: the targets' store is missing, unfinished or not the one that was meant.
+        ResourceError: another process trains into the same folder.
+        Interrupted: a signal came; the state is saved.
+        DecantError: the loss is not finite.
+    """
+    init = init if isinstance(params.init, Adopted) else None
+    run = out.with_name(f".{out.name}.training.partial")
+    with exclusive(run / "lock"):
+        facts = {
+            "settings": params.model_dump(mode="json"),
+            "targets": targets_json(targets),
+            "init": None if init is None or not init.exists() else digest_file(init),
+            "audio": digest_json([[u.id, u.audio, u.split] for u in manifest]),
+        }
+        _discard_other(run, facts, device, say)
+        learner = Learner(params, targets, init, device)
+        splits = {name: manifest.select(split=name) for name in ("train", "dev")}
+        readers = _open_readers(params, targets, manifest, waves, splits)
+        with ThreadPoolExecutor(1) as executor, stop_requested() as stopping:
+            progress = _train(learner, readers, run, executor, stopping, tick, say)
+        metrics = {
+            "dev": progress.dev,
+            "steps": progress.step,
+            "epochs": progress.epoch,
+            "parameters": {"student": count_parameters(learner.encoder), "heads": count_parameters(learner.heads)},
+            "train_utterances": len(splits["train"]),
+            "train_seconds": int(splits["train"].samples.sum()) / RATE_HZ,
+        }
+        with publish_dir(out) as partial:
+            save_student(partial, learner.encoder, facts)
+            heads = {name: tensor.detach().cpu().contiguous() for name, tensor in learner.heads.state_dict().items()}
+            save_file(heads, partial / "heads.safetensors")
+            shutil.copyfile(run / "curves.csv", partial / "curves.csv")
+            write_json(partial / "metrics.json", metrics)
+        shutil.rmtree(run)  # only now: until the student is published the state is what a rerun needs
+    return metrics
+
+
+def _discard_other(run: Path, facts: dict[str, Any], device: str, say: Say) -> None:
+    """Throw away the state of another training; say where this one goes on under other conditions."""
+    machine = {
+        "torch": torch.__version__,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "cpu": platform.machine(),
+    }
+    if (run / "run.json").exists():
+        before = read_json(run / "run.json")
+        changed = [name for name in facts if before["facts"].get(name) != facts[name]]
+        if changed:
+            say(f"{run} is of other {' and '.join(changed)}: thrown away, starting at step 0")
+            for path in run.iterdir():
+                if path.name != "lock":
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        elif before["machine"] != machine:
+            was = ", ".join(
+                f"{k} {before['machine'][k]}, now {v}" for k, v in machine.items() if before["machine"][k] != v
+            )
+            say(f"{run} was begun under other conditions ({was}): going on, but not bit for bit")
+    write_json(run / "run.json", {"facts": facts, "machine": machine})
+
+
+def _open_readers(
+    params: StudentParams, targets: Targets, manifest: Manifest, waves: Store, splits: dict[str, Manifest]
+) -> dict[str, BatchReader]:
+    if manifest.audio_digest != targets.audio:
+        raise StoreError(
+            "the targets were extracted from other audio, or from a selection of it, than this manifest lists; "
+            "extract with keep.select: all, then run `decant targets` again"
+        )
+    for name in ("train", "dev") if params.train.validate_every is not None else ("train",):
+        if not len(splits[name]):
+            hint = "; set train.validate_every: null to train without" if name == "dev" else ""
+            raise DataError(f"the manifest has no utterance of split {name!r}{hint}")
+    features = open_targets(targets)
+    return {
+        name: BatchReader(split, waves, features, list(targets.arrays)) for name, split in splits.items() if len(split)
+    }
+
+
+def _train(
+    learner: Learner,
+    readers: dict[str, BatchReader],
+    run: Path,
+    executor: Executor,
+    stopping: Callable[[], bool],
+    tick: Tick,
+    say: Say,
+) -> Progress:
+    """Bring the learner from where its state is to the last step."""
+    train, seed = learner.params.train, learner.params.seed
+    progress = load_state(run, learner, learner.optimizer, say)
+    curves = Curves(run / "curves.csv", 0 if progress is None else progress.curves_bytes)
+    with curves:
+        if progress is None:
+            progress = Progress(dev=_validate(learner, readers, executor))
+            curves.add(step=0, **_dev_columns(progress))
+        elif progress.step < train.steps:
+            say(f"going on after step {progress.step} of {train.steps}")
+        tick(progress.step)
+        while progress.step < train.steps:
+            plan = plan_epoch(readers["train"].manifest.samples, train.crop, train.batch_seconds, seed, progress.epoch)
+            for batch in ordered_map(executor, readers["train"].read, plan[progress.position :], AHEAD):
+                update = learner.update(batch, progress.step + 1)
+                progress.step += 1
+                progress.position += 1
+                if not update.is_finite:
+                    raise _not_finite(learner, batch, update, run, progress.step)
+                _add_up(progress, update)
+                last = progress.step == train.steps
+                validating = train.validate_every is not None and (last or progress.step % train.validate_every == 0)
+                if validating:
+                    progress.dev = _validate(learner, readers, executor)
+                if last or validating or progress.step % train.log_every == 0:
+                    means = {name: value / progress.summed for name, value in progress.sums.items()}
+                    dev = _dev_columns(progress) if validating else {}
+                    curves.add(step=progress.step, rate=update.rate, **means, **dev)
+                    progress.sums, progress.summed = {}, 0
+                stop = stopping() and not last
+                if last or stop or progress.step % train.checkpoint_every == 0:
+                    progress.curves_bytes = curves.flush()
+                    save_state(run, progress, learner, learner.optimizer)
+                tick(1, note=f"l1 {update.l1:.3f} cosine {update.cosine:.3f}")
+                if stop:
+                    raise Interrupted(
+                        f"stopped after step {progress.step} of {train.steps} with its state saved; the same command goes on"
+                    )
+                if last:
+                    break
+            else:
+                progress.epoch, progress.position = progress.epoch + 1, 0
+    return progress
+
+
+def _validate(learner: Learner, readers: dict[str, BatchReader], executor: Executor) -> dict[str, float] | None:
+    """Loss terms on the dev split, always with the plan of epoch 0."""
+    train = learner.params.train
+    if train.validate_every is None:
+        return None
+    reader = readers["dev"]
+    plan = plan_epoch(reader.manifest.samples, train.crop, train.batch_seconds, learner.params.seed, 0)
+    return learner.evaluate(ordered_map(executor, reader.read, plan, AHEAD))
+
+
+def _dev_columns(progress: Progress) -> dict[str, float]:
+    return {f"dev_{name}": value for name, value in (progress.dev or {}).items()}
+
+
+def _add_up(progress: Progress, update: Update) -> None:
+    for name in ("l1", "cosine", "total", "grad_norm"):
+        progress.sums[name] = progress.sums.get(name, 0.0) + getattr(update, name)
+    progress.summed += 1
+
+
+def _not_finite(learner: Learner, batch: Batch, update: Update, run: Path, step: int) -> DecantError:
+    """Keep what led to a loss that is no number, and the error that tells of it. The last good state stays."""
+    learner.eval()
+    with torch.no_grad():
+        _, predicted = learner(batch)
+    place = run / f"not-finite-{step:09d}"
+    place.mkdir(exist_ok=True)
+    tensors = {"waves": batch.waves, "samples": batch.samples, "targets": batch.targets, "frames": batch.frames}
+    save_file({**tensors, "predicted": predicted.detach().float().cpu().contiguous()}, place / "batch.safetensors")
+    write_json(place / "batch.json", {"step": step, "ids": batch.ids, "rate": update.rate})
+    bad = [
+        name
+        for name, targets, count in zip(batch.ids, batch.targets, batch.frames.tolist(), strict=True)
+        if not bool(torch.isfinite(targets[:, :count]).all())
+    ]
+    where = f"batch and predictions are in {place}"
+    if bad:
+        return DataError(f"step {step}: the targets of {', '.join(bad)} are not finite; extract them again; {where}")
+    ids = ", ".join(batch.ids[:8]) + (" ..." if len(batch.ids) > 8 else "")
+    return DecantError(
+        f"step {step}: loss or gradient is not finite (batch of {ids}); "
+        f"lower train.learning_rate, set train.clip, or use precision: float32; {where}"
+    )

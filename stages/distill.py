@@ -1,0 +1,55 @@
+"""distill: one student's targets and the waveforms in, a trained student out; no teacher anywhere."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer()
+
+
+@app.command()
+def main(
+    name: Annotated[str, typer.Argument(help="The student: its settings are students.NAME.")],
+    targets: Annotated[Path, typer.Option(help="What `decant targets` wrote for it.")],
+    manifest: Annotated[Path, typer.Option(help="Utterances and their splits.")],
+    waves: Annotated[Path, typer.Option(help="Receipt of the wave store.")],
+    out: Annotated[Path, typer.Option(help="The student's folder.")],
+    init: Annotated[Path | None, typer.Option(help="Weights to start from, for init: {kind: adopted}.")] = None,
+    params: Annotated[Path, typer.Option(help="Settings.")] = Path("params.yaml"),
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto.")] = "auto",
+) -> None:
+    """Train a student from stored targets; a killed run goes on where its last state was saved."""
+    from cache.errors import SettingsError
+    from cache.manifest import read_manifest
+    from cache.receipts import open_receipt
+    from pipeline.devices import choose_device
+    from pipeline.distill.learner import StudentParams
+    from pipeline.distill.train import distil
+    from pipeline.layers.targets import read_targets
+    from stages._params import read_params
+    from stages._progress import progress
+
+    settings: StudentParams = read_params(f"students.{name}", StudentParams, params)
+    chosen, utterances, store = read_targets(targets), read_manifest(manifest), open_receipt(waves)
+    place = choose_device(device)
+
+    def say(line: str) -> None:
+        print(f"distill {name}: {line}", flush=True)
+
+    if settings.init.kind == "random" and init is not None:
+        say(f"init is {{kind: random}}, so --init {init} is not read")
+    if settings.train.precision == "bfloat16" and not place.startswith("cuda"):
+        say("bfloat16 is for GPUs: this run computes in float32")
+    try:
+        with progress(f"distill {name}", total=settings.train.steps, unit="steps") as tick:
+            metrics = distil(settings, chosen, utterances, store, init, out, place, tick, say)
+    except SettingsError as error:
+        raise SettingsError(f"{params}: students.{name}: {error}") from error
+    dev = metrics["dev"]
+    ending = f"dev l1 {dev['l1']:.4f}, cosine {dev['cosine']:.4f}" if dev else "not validated"
+    say(f"{metrics['parameters']['student']:,} parameters after {metrics['steps']} steps: {ending}")
+
+
+if __name__ == "__main__":
+    app()

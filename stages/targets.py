@@ -1,0 +1,34 @@
+"""targets: the receipts of all teachers in, the arrays that one student reads out."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer()
+
+
+@app.command()
+def main(
+    name: Annotated[str, typer.Argument(help="The student: its settings are students.NAME.")],
+    receipts: Annotated[Path, typer.Option(help="Folder with one receipt per teacher.")],
+    out: Annotated[Path, typer.Option(help="The targets to write.")],
+    params: Annotated[Path, typer.Option(help="Settings.")] = Path("params.yaml"),
+) -> None:
+    """Choose what a student learns; the output's bytes change only when that does."""
+    from cache.errors import SettingsError
+    from cache.publish import write_json
+    from pipeline.layers.targets import SingleTeacher, choose_targets, targets_json
+    from stages._params import read_params
+
+    ensemble: SingleTeacher = read_params(f"students.{name}.ensemble", SingleTeacher, params)
+    try:
+        targets = choose_targets(ensemble, receipts)
+    except SettingsError as error:
+        raise SettingsError(f"{params}: students.{name}: {error}") from error
+    write_json(out, targets_json(targets))
+    print(f"targets {name}: {', '.join(targets.arrays)} of {ensemble.teacher}, {targets.width} wide")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,148 @@
+"""A small world in a folder: noise of eleven lengths, a random encoder as the teacher, its layers in a store."""
+
+import os
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+import yaml
+from safetensors.torch import save_file
+
+from cache.manifest import Manifest, Utterance, write_manifest
+from cache.publish import write_json
+from cache.receipts import make_receipt, open_receipt, store_key, store_path
+from cache.writer import WaveWriter
+from pipeline.extract import ExtractParams, Keep, extract
+from pipeline.student.checkpoint import save_student
+from pipeline.student.encoder import Encoder, initialise
+from pipeline.student.shape import EncoderShape
+from pipeline.student.upstream import load_student_upstream
+
+SHAPE: dict[str, Any] = {
+    "conv_channels": [4, 4, 4, 4, 4, 4, 8],
+    "conv_bias": False,
+    "front_norm": "group",
+    "feature_norm": True,
+    "normalise": False,
+    "width": 16,
+    "heads": [2, 2, 2],
+    "head_width": 8,
+    "ffn": [24, 24, 24],
+    "position_kernel": 8,
+    "position_groups": 2,
+    "pre_norm": False,
+    "dropout": {"features": 0.1, "hidden": 0.1, "attention": 0.1, "activation": 0.1},
+}
+STUDENT: dict[str, Any] = {
+    "ensemble": {"kind": "single", "teacher": "hubert", "layers": [3, 1]},
+    "init": {"kind": "adopted"},
+    "shape": {**SHAPE, "feature_norm": False, "heads": [2, 2], "ffn": [24, 24]},
+    "train": {
+        "steps": 12,
+        "batch_seconds": 2.0,
+        "crop": {"kind": "aligned", "max_seconds": 0.7},
+        "learning_rate": 0.002,
+        "warmup": 0.1,
+        "weight_decay": 0.01,
+        "clip": 5.0,
+        "feature_grad_mult": 0.1,
+        "l1_weight": 1.0,
+        "cosine_weight": 1.0,
+        "precision": "float32",
+        "log_every": 3,
+        "validate_every": 5,
+        "checkpoint_every": 2,
+    },
+    "seed": 3,
+}
+EXTRACT = ExtractParams(version=1, codec="float16", chunk_frames=16, shard_frames=256, batch_seconds=4.0)
+
+
+@dataclass(frozen=True)
+class World:
+    """Paths of everything a distillation reads."""
+
+    root: Path
+    manifest: Manifest
+
+    def command(self, name: str = "distil", out: str = "models/distil") -> list[str]:
+        """`decant distill` on this world, as a process."""
+        return [
+            *(sys.executable, "-m", "stages", "distill", name, "--device", "cpu"),
+            *("--targets", str(self.root / "targets.json"), "--manifest", str(self.root / "manifest.jsonl")),
+            *("--waves", str(self.root / "receipts/waves.json"), "--init", str(self.root / "init.safetensors")),
+            *("--out", str(self.root / out), "--params", str(self.root / "params.yaml")),
+        ]
+
+    def environment(self, **more: str) -> dict[str, str]:
+        """Where the process finds the code and the stores."""
+        code = str(Path(__file__).parent.parent)
+        path = os.pathsep.join([*more.pop("first_on_path", "").split(), code])
+        return {
+            **os.environ,
+            "PYTHONPATH": path,
+            "DECANT_STORE": str(self.root / "store"),
+            "OMP_NUM_THREADS": "1",
+            **more,
+        }
+
+
+def write_params(world: World, **changes: Any) -> None:
+    """params.yaml with one student; changes are given per section ({"train": {"steps": 3}})."""
+    student = {k: {**v, **changes.get(k, {})} if isinstance(v, dict) else changes.get(k, v) for k, v in STUDENT.items()}
+    (world.root / "params.yaml").write_text(yaml.safe_dump({"students": {"distil": student}}))
+
+
+def make_world(root: Path, teacher_seed: int = 0) -> World:
+    """Write a corpus, its wave store, a teacher's receipts and init, and a params file; needs DECANT_STORE set."""
+    generator = np.random.default_rng(7)
+    lengths = generator.integers(3_000, 19_000, size=11)
+    waves = [(generator.standard_normal(n) * 3_000).astype(np.int16) for n in lengths]
+    utterances = []
+    with WaveWriter(root / "store/waves") as writer:
+        for i, wave in enumerate(waves):
+            audio = writer.add(f"utt-{i:02d}", wave)
+            split = "dev" if i in (2, 5) else "train"
+            length = len(wave)
+            utterances.append(
+                Utterance(f"utt-{i:02d}", "noise", f"{i}.wav", length, 16_000, length, 2 * length, audio, split, {})
+            )
+        manifest = Manifest(tuple(utterances))
+        fingerprint = {"audio": manifest.audio_digest}
+        key = store_key("waves", fingerprint)
+        directory = writer.finish(key, fingerprint)
+    write_json(root / "receipts/waves.json", make_receipt(directory, ["wave"]))
+    write_manifest(root / "manifest.jsonl", manifest)
+    world = World(root, manifest)
+    write_receipt(world, "hubert", teacher_seed)
+    write_params(world)
+    assert store_path("waves", key) == directory
+    return world
+
+
+def write_receipt(world: World, teacher: str, seed: int, layers: tuple[int, ...] = (0, 1, 3)) -> None:
+    """Run a random encoder over the corpus; leave its receipt, and its weights as an init."""
+    encoder = Encoder(EncoderShape.model_validate(SHAPE))
+    initialise(encoder, torch.Generator().manual_seed(seed))
+    folder = world.root / "teachers" / teacher
+    folder.mkdir(parents=True, exist_ok=True)
+    save_student(folder, encoder, {})
+    save_file(encoder.state_dict(), world.root / "init.safetensors")
+    store = open_receipt(world.root / "receipts/waves.json")
+    keep = Keep(layers=layers, select="all")
+    receipt = extract(load_student_upstream(folder), world.manifest, store, EXTRACT, keep, "cpu", lambda *_, **__: None)
+    write_json(world.root / "receipts" / f"{teacher}.json", receipt)
+
+
+def relabelled(manifest: Manifest, **changes: Any) -> Manifest:
+    """A manifest whose utterances have other labels."""
+    return Manifest(tuple(replace(u, **changes) for u in manifest))
+
+
+def audio_digest(wave: np.ndarray) -> str:
+    """As in the manifest."""
+    return xxhash.xxh3_128_hexdigest(wave.tobytes())

@@ -1,0 +1,142 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cache.errors import DataError, SettingsError
+from cache.frames import num_frames
+from cache.manifest import Manifest
+from cache.receipts import open_receipt
+from pipeline.distill.batches import Aligned, BatchReader, Full, Item, plan_epoch
+from pipeline.student.encoder import Encoder
+from pipeline.student.shape import EncoderShape
+from tests.distill_fixtures import SHAPE, make_world
+
+CROP = Aligned(kind="aligned", max_seconds=1.0)
+FULL = Full(kind="full")
+
+
+def lengths(count=200, seed=0):
+    return np.random.default_rng(seed).integers(400, 48_000, size=count)
+
+
+def padded_samples(batch, samples):
+    return len(batch) * max(int(samples[i.utterance]) if i.span is None else samples_of(i) for i in batch)
+
+
+def samples_of(item):
+    return item.span.samples.stop - item.span.samples.start
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(400, 60_000), min_size=1, max_size=60),
+    st.integers(0, 5),
+    st.integers(0, 50),
+    st.sampled_from([FULL, CROP]),
+)
+def test_every_utterance_is_in_exactly_one_batch_and_no_batch_exceeds_its_budget(sizes, seed, epoch, crop):
+    samples = np.array(sizes)
+    plan = plan_epoch(samples, crop, 4.0, seed, epoch)
+    assert sorted(item.utterance for batch in plan for item in batch) == list(range(len(samples)))
+    assert all(batch and padded_samples(batch, samples) <= 4 * 16_000 for batch in plan)
+    for item in (item for batch in plan for item in batch if item.span is not None):
+        assert item.span.count == num_frames(16_000)
+        assert item.span.start >= 0
+        assert item.span.start + item.span.count <= num_frames(int(samples[item.utterance]))
+
+
+def test_a_plan_is_a_pure_function_of_seed_and_epoch():
+    np.random.seed(0)  # what the plan must not depend on
+    plan = plan_epoch(lengths(), CROP, 8.0, seed=1, epoch=4)
+    np.random.seed(1)
+    assert plan == plan_epoch(lengths(), CROP, 8.0, seed=1, epoch=4)
+    assert plan != plan_epoch(lengths(), CROP, 8.0, seed=1, epoch=5)
+    assert plan != plan_epoch(lengths(), CROP, 8.0, seed=2, epoch=4)
+
+
+def test_like_lengths_are_together_and_the_order_is_not_by_length():
+    samples = lengths(2_000)
+    plan = plan_epoch(samples, FULL, 30.0, seed=0, epoch=0)
+    padded = sum(padded_samples(batch, samples) for batch in plan)
+    assert samples.sum() / padded > 0.93
+    means = [np.mean([samples[i.utterance] for i in batch]) for batch in plan]
+    assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.3
+
+
+def test_crops_reach_the_first_and_the_last_frame():
+    samples = np.array([16_000 + 5 * 320])
+    starts = {plan_epoch(samples, CROP, 4.0, 0, epoch)[0][0].span.start for epoch in range(200)}
+    assert starts == set(range(6))
+
+
+def test_an_utterance_longer_than_a_batch_is_refused_with_the_way_out():
+    with pytest.raises(SettingsError, match=r"batch_seconds is 2 but an utterance has 3\.00 s"):
+        plan_epoch(np.array([48_000]), FULL, 2.0, 0, 0)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("world")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("DECANT_STORE", str(root / "store"))
+    yield make_world(root)
+    patch.undo()
+
+
+def open_reader(world, manifest=None):
+    stores = [open_receipt(world.root / "receipts" / name) for name in ("waves.json", "hubert.json")]
+    return BatchReader(manifest or world.manifest, *stores, ["layer-03", "layer-01"]), stores
+
+
+def test_a_batch_holds_the_rows_and_samples_of_its_spans(world):
+    reader, (waves, features) = open_reader(world)
+    plan = plan_epoch(world.manifest.samples, Aligned(kind="aligned", max_seconds=0.5), 3.0, 0, 0)
+    assert any(item.span is None for batch in plan for item in batch)
+    for items in plan:
+        batch = reader.read(items)
+        for row, (name, span) in enumerate((world.manifest[i.utterance].id, i.span) for i in items):
+            wave = waves.read("wave", name)
+            rows = [features.read(array, name) for array in ("layer-03", "layer-01")]
+            if span is not None:
+                wave, rows = wave[span.samples], [r[span.rows] for r in rows]
+            count, length = len(rows[0]), len(wave)
+            assert (int(batch.frames[row]), int(batch.samples[row])) == (count, length)
+            assert count == num_frames(length)
+            np.testing.assert_array_equal(batch.waves[row, :length], wave / np.float32(32_768))
+            np.testing.assert_array_equal(batch.targets[row, :, :count], np.stack(rows))
+            assert not batch.waves[row, length:].any()
+
+
+def test_the_student_gives_a_frame_for_every_target_of_a_batch(world):
+    reader, _ = open_reader(world)
+    encoder = Encoder(EncoderShape.model_validate(SHAPE))
+    for items in plan_epoch(world.manifest.samples, Aligned(kind="aligned", max_seconds=0.4), 3.0, 0, 1):
+        batch = reader.read(items)
+        with torch.no_grad():
+            assert encoder(batch.waves, batch.samples)[-1].shape[1] == batch.targets.shape[2]
+
+
+def test_whole_utterances_under_the_teachers_own_weights_give_back_the_stored_targets(world):
+    from pipeline.student.checkpoint import load_student
+
+    reader, _ = open_reader(world)
+    teacher = load_student(world.root / "teachers/hubert")
+    batch = reader.read([Item(u, None) for u in range(len(world.manifest))])
+    with torch.no_grad():
+        states = teacher(batch.waves, batch.samples)
+    for row, count in enumerate(batch.frames.tolist()):
+        stored = batch.targets[row, :, :count].float()
+        live = torch.stack([states[3][row, :count], states[1][row, :count]])
+        assert float((stored - live).norm() / live.norm()) < 1e-3
+
+
+def test_an_utterance_that_a_store_lacks_is_named(world):
+    import dataclasses
+
+    longer = dataclasses.replace(world.manifest[4], samples=world.manifest[4].samples + 320)
+    with pytest.raises(DataError, match=r"utt-04: the manifest says \d+ samples but .*waves.* has \d+ samples"):
+        open_reader(world, Manifest((longer,)))
+    with pytest.raises(DataError, match=r"other: the manifest says .* has nothing"):
+        open_reader(world, Manifest((dataclasses.replace(longer, id="other"),)))

@@ -1,0 +1,101 @@
+import numpy as np
+import pytest
+import torch
+
+from pipeline.distill.heads import PredictionHeads, initialise_heads
+from pipeline.distill.losses import distillation_loss
+from pipeline.distill.schedule import make_optimizer, rate_at
+from pipeline.student.encoder import count_parameters
+
+COUNTS = [7, 3, 5]
+
+
+def drawn(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    predicted, targets = torch.randn(2, 3, 2, 7, 6, generator=generator, dtype=torch.float64).to(dtype)
+    mask = torch.arange(7)[None] < torch.tensor(COUNTS)[:, None]
+    return predicted, targets, mask
+
+
+def by_the_formula(predicted, targets):
+    """|p - h| and -log sigmoid cos, frame by frame, head by head, in float64."""
+    l1, cosine = [], []
+    for b, count in enumerate(COUNTS):
+        for n in range(predicted.shape[1]):
+            for t in range(count):
+                p, h = predicted[b, n, t].double().numpy(), targets[b, n, t].double().numpy()
+                l1 += list(np.abs(p - h))
+                cosine.append(np.log1p(np.exp(-p @ h / np.sqrt((p @ p) * (h @ h)))))
+    return np.mean(l1), np.mean(cosine)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_loss_is_the_published_formula_over_valid_frames(dtype):
+    predicted, targets, mask = drawn(dtype)
+    l1, cosine = by_the_formula(predicted, targets)
+    terms = distillation_loss(predicted, targets, mask, l1_weight=1.0, cosine_weight=0.5)
+    assert terms.total.dtype == dtype
+    assert float(terms.l1) == pytest.approx(l1, abs=1e-6)
+    assert float(terms.cosine) == pytest.approx(cosine, abs=1e-6)
+    assert float(terms.total) == pytest.approx(l1 + 0.5 * cosine, abs=1e-6)
+
+
+def test_nan_in_the_padding_changes_neither_the_loss_nor_its_gradient():
+    results = []
+    for fill in (0.0, float("nan")):
+        predicted, targets, mask = drawn()
+        predicted[~mask[:, None].expand(-1, 2, -1)] = fill
+        targets[~mask[:, None].expand(-1, 2, -1)] = fill
+        predicted.requires_grad_()
+        total = distillation_loss(predicted, targets, mask, 1.0, 1.0).total
+        total.backward()
+        results.append((total.detach(), predicted.grad))
+    assert torch.isfinite(results[1][0])
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+    assert not results[1][1][~mask[:, None].expand(-1, 2, -1)].any()
+
+
+def test_half_precision_targets_are_compared_in_float32():
+    predicted, targets, mask = drawn()
+    stored = targets.half()
+    terms = distillation_loss(predicted, stored, mask, 1.0, 1.0)
+    assert terms.total.dtype == torch.float32
+    l1, _ = by_the_formula(predicted, stored.float())
+    assert float(terms.l1) == pytest.approx(l1, abs=1e-6)
+
+
+def test_heads_are_a_wide_linear_and_a_block_diagonal_one():
+    heads = PredictionHeads(width=5, heads=3, out_width=4)
+    initialise_heads(heads, torch.Generator().manual_seed(0))
+    x = torch.randn(2, 6, 5)
+    blocks = torch.block_diag(*heads.split.weight)  # (N D, N E)
+    wide = torch.nn.functional.gelu(heads.expand(x)) @ blocks + heads.split.bias.flatten()
+    expected = torch.stack(wide.chunk(3, dim=2), dim=1)
+    torch.testing.assert_close(heads(x), expected)
+    bound = 5**-0.5
+    assert all(-bound <= float(p.min()) < float(p.max()) <= bound for p in heads.parameters())
+
+
+@pytest.mark.parametrize(("layers", "published"), [(2, 2_362_368), (3, 3_543_552)])
+def test_heads_have_the_published_number_of_parameters(layers, published):
+    with torch.device("meta"):
+        assert count_parameters(PredictionHeads(768, layers, 768)) == published
+
+
+def test_the_rate_rises_to_its_peak_and_falls_in_straight_lines():
+    rates = [rate_at(k, steps=100, peak=2e-4, warmup=0.07) for k in range(1, 101)]
+    assert max(rates) == rates[6] == 2e-4
+    np.testing.assert_allclose(np.diff(rates[:7]), 2e-4 / 7)
+    np.testing.assert_allclose(np.diff(rates[6:]), -2e-4 / 94, rtol=1e-9)
+    assert min(rates) > 0
+    assert rate_at(1, steps=1, peak=1.0, warmup=0.07) == 1.0
+
+
+def test_every_parameter_is_in_one_group_and_only_matrices_decay():
+    heads = PredictionHeads(4, 2, 3)
+    norm = torch.nn.LayerNorm(4)
+    optimizer = make_optimizer([heads, norm], weight_decay=0.01)
+    decayed, free = (group["params"] for group in optimizer.param_groups)
+    assert {id(p) for p in decayed} == {id(heads.expand.weight), id(heads.split.weight)}
+    assert len(free) == 4
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.0]
