@@ -165,6 +165,12 @@ def voices(params: EspeakParams) -> list[Voice]:
     return found
 
 
+def count_lines(params: EspeakParams) -> int:
+    """Utterances of the corpus."""
+    speakers = sum(group.count for _, group in params.voices)
+    return speakers * (len(params.keywords) * params.repetitions + params.sentences_per_voice)
+
+
 def spread(bounds: tuple[int, int], place: float) -> float:
     """The point of an interval at the fractional part of `place`."""
     return bounds[0] + (bounds[1] - bounds[0]) * (place % 1.0)

@@ -1,0 +1,67 @@
+"""The root of a corpus as a person wrote it in, a folder and its safe, sorted contents out.
+
+Recordings are named by people and unpacked from archives: a name may not be text, and a link may lead anywhere. Such a
+file is quarantined by name; it is neither followed nor dropped in silence.
+"""
+
+import os
+import re
+from pathlib import Path
+
+from cache.errors import DataError
+from pipeline.audio import Quarantine
+
+SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3")
+VARIABLE = re.compile(r"\$\{(\w+)\}")
+
+
+def corpus_root(corpus: str, root: str) -> Path:
+    """The folder that the setting `root` of a source means; `${NAME}` in it is a variable of the environment.
+
+    Raises:
+        DataError: the variable is not set, or there is no such folder.
+    """
+    for name in VARIABLE.findall(root):
+        if name not in os.environ:
+            raise DataError(
+                f"prepare.sources.{corpus}.root is {root!r} and the variable {name} is not set; "
+                f"set it to the folder of your corpora (export {name}=...)"
+            )
+    folder = Path(VARIABLE.sub(lambda match: os.environ[match[1]], root)).expanduser()
+    if not folder.is_dir():
+        raise DataError(f"prepare.sources.{corpus}.root: there is no folder {folder}; correct it or get the corpus")
+    return folder
+
+
+def folders(folder: Path) -> list[Path]:
+    """The folders in a folder, by name."""
+    return sorted(entry for entry in folder.iterdir() if entry.is_dir())
+
+
+def recordings(folder: Path) -> list[Path]:
+    """The files in a folder that are named like audio, by name."""
+    return sorted(entry for entry in folder.iterdir() if entry.suffix.lower() in SUFFIXES and not entry.is_dir())
+
+
+def audio_at(root: Path, file: Path) -> Path | Quarantine:
+    """The file, or why it is not touched."""
+    if text_of(file.name) != file.name:
+        return Quarantine("its name is not UTF-8; rename it")
+    if not Path(os.path.realpath(file)).is_relative_to(os.path.realpath(root)):
+        return Quarantine("a link that leads out of the corpus; copy the file, or take the folder it is in as root")
+    return file
+
+
+def text_of(name: str) -> str:
+    """A file name that can be written to a text file: bytes that are not UTF-8 as `\\xff`."""
+    return os.fsencode(name).decode("utf-8", errors="backslashreplace")
+
+
+def path_in(root: Path, file: Path) -> str:
+    """The path of a file relative to its corpus, with forward slashes, as text."""
+    return text_of(file.relative_to(root).as_posix())
+
+
+def count_recordings(folder: Path) -> int:
+    """How many files under a folder are named like audio; links to folders are not followed, so it ends."""
+    return sum(Path(name).suffix.lower() in SUFFIXES for _, _, names in os.walk(folder) for name in names)

@@ -1,0 +1,37 @@
+"""The settings of a source in, its recordings out: the one place that knows every kind of corpus."""
+
+from collections.abc import Iterator
+from typing import Annotated
+
+from pydantic import Field
+
+from pipeline.corpora.espeak import EspeakParams, count_lines, espeak_items
+from pipeline.corpora.folder import corpus_root, count_recordings
+from pipeline.corpora.item import Item
+from pipeline.corpora.librispeech import LibriSpeechParams, librispeech_items
+from pipeline.corpora.speech_commands import SpeechCommandsParams, speech_commands_items
+
+Source = Annotated[EspeakParams | LibriSpeechParams | SpeechCommandsParams, Field(discriminator="kind")]
+
+
+def items_of(corpus: str, source: Source, workers: int) -> Iterator[Item]:
+    """The recordings of a source, in its order; each is decoded or made only when it is reached."""
+    match source:
+        case EspeakParams():
+            return espeak_items(corpus, source, workers)
+        case LibriSpeechParams():
+            return librispeech_items(corpus, source)
+        case SpeechCommandsParams():
+            return speech_commands_items(corpus, source)
+
+
+def count_of(corpus: str, source: Source) -> int:
+    """About how many recordings there will be, for a progress bar."""
+    match source:
+        case EspeakParams():
+            return count_lines(source)
+        case LibriSpeechParams():
+            root = corpus_root(corpus, source.root)
+            return sum(count_recordings(root / subset) for subset in source.subsets)
+        case SpeechCommandsParams():
+            return count_recordings(corpus_root(corpus, source.root))

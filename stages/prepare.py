@@ -1,0 +1,43 @@
+"""prepare: corpora in, one manifest, one wave store and the list of what was left out, out."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer()
+
+SHOWN = 20  # quarantined recordings on screen; all are in the file
+
+
+@app.command()
+def main(
+    out: Annotated[Path, typer.Option(help="The manifest to write.")],
+    waves: Annotated[Path, typer.Option(help="The receipt of the wave store to write.")],
+    quarantine: Annotated[Path, typer.Option(help="Where to list the recordings that cannot be used, and why.")],
+    params: Annotated[Path, typer.Option(help="Settings.")] = Path("params.yaml"),
+) -> None:
+    """Read or speak the corpora, bring them to 16 kHz, and write the manifest and the waveforms."""
+    from cache.manifest import write_manifest
+    from cache.publish import write_json
+    from cache.receipts import store_root
+    from pipeline.prepare import PrepareParams, count_recordings_of, describe, prepare
+    from stages._params import read_params
+    from stages._progress import progress
+
+    settings: PrepareParams = read_params("prepare", PrepareParams, params)
+    with progress("prepare", total=count_recordings_of(settings), unit="recordings") as tick:
+        prepared = prepare(settings, store_root() / "waves", quarantine, tick)
+    write_manifest(out, prepared.manifest)
+    write_json(waves, prepared.receipt)
+    for line in describe(prepared.manifest):
+        print(line)
+    for row in prepared.quarantined[:SHOWN]:
+        print(f"quarantined {row.id} ({row.path}): {row.reason}")
+    if len(prepared.quarantined) > SHOWN:
+        print(f"... and {len(prepared.quarantined) - SHOWN:,} more quarantined, in {quarantine}")
+    print(
+        f"prepare: {len(prepared.manifest):,} utterances, {prepared.receipt['rows'] / 57.6e6:.2f} h, "
+        f"{prepared.receipt['bytes'] / 1e6:,.1f} MB in store/waves/{prepared.receipt['key']}; "
+        f"{len(prepared.quarantined):,} quarantined"
+    )
