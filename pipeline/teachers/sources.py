@@ -1,0 +1,196 @@
+"""Where teachers come from: a tagged setting in, a pinned Hugging Face folder out.
+
+A teacher is a folder on this machine, a repository of the hub at one commit, or one pretrained here. All three end as
+the same folder (`pipeline.teachers.pinned`), so nothing downstream knows which it was.
+"""
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any, Literal, NamedTuple
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError  # HTTPError of its client
+from pydantic import BaseModel, Field, field_validator
+from torch import Tensor
+
+from cache.errors import DataError, SettingsError, StoreError
+from cache.manifest import Manifest
+from cache.publish import publish_dir, read_json
+from cache.ragged import Store
+from pipeline.teachers.pinned import CONFIG, PREPROCESSOR, WEIGHTS, Pinned, pin, read_safetensors
+from pipeline.teachers.pretrain import PretrainParams, pretrain
+
+INDEX, PICKLE = "model.safetensors.index.json", "pytorch_model.bin"
+SAFE_FILES = [CONFIG, PREPROCESSOR, WEIGHTS, INDEX, "model-*-of-*.safetensors"]
+
+
+class Folder(BaseModel, frozen=True, extra="forbid"):
+    """A Hugging Face folder: config.json and model.safetensors (or pytorch_model.bin, read without running it)."""
+
+    kind: Literal["folder"]
+    path: str
+    """The folder."""
+
+
+class Hub(BaseModel, frozen=True, extra="forbid"):
+    """A repository of the Hugging Face hub at one commit; code in it is never run."""
+
+    kind: Literal["hub"]
+    repo: str
+    """owner/name."""
+    revision: str
+    """The commit's full 40-character hash."""
+
+    @field_validator("revision")
+    @classmethod
+    def _full_commit(cls, value: str) -> str:
+        if len(value) != 40 or not set(value) <= set("0123456789abcdef"):
+            raise ValueError(
+                f"{value!r} is not a full commit hash: a branch or tag can move, and the cached targets would then belong to "
+                "weights nobody can get again; copy the 40 characters from the repository's list of commits"
+            )
+        return value
+
+
+Source = Annotated[Folder | Hub | PretrainParams, Field(discriminator="kind")]
+
+
+class TeacherParams(BaseModel, frozen=True, extra="forbid"):
+    """One teacher."""
+
+    source: Source
+    """Where it comes from."""
+    normalise: bool | None
+    """Bring each waveform to zero mean and unit variance? None: as preprocessor_config.json says (do_normalize). fairseq
+    trained base models without and large ones with it."""
+
+
+class Corpus(NamedTuple):
+    """What pretraining reads."""
+
+    manifest: Manifest
+    waves: Store
+
+
+def materialise(
+    params: TeacherParams,
+    out: Path,
+    corpus: Corpus | None = None,
+    on_progress: Callable[[float, str], None] = lambda done, note: None,
+) -> Pinned:
+    """Fetch or make the teacher and publish its pinned folder at `out`.
+
+    Args:
+        params: the settings.
+        out: the folder to publish.
+        corpus: only a pretrained teacher needs it.
+        on_progress: called with seconds of audio and a note while pretraining.
+
+    Raises:
+        SettingsError: a source that cannot be a teacher, or that lacks something the settings must say.
+        DataError: the source is not there.
+        StoreError: its weights are damaged, unsafe, or not what its configuration says.
+    """
+    source = params.source
+    with publish_dir(out) as work:
+        if isinstance(source, Folder):
+            return _pin_folder(
+                Path(source.path), work, params, {"kind": "folder", "name": Path(source.path).resolve().name}
+            )
+        if isinstance(source, Hub):
+            return _pin_folder(fetch(source), work, params, source.model_dump())
+        if corpus is None:
+            raise SettingsError("a teacher of kind pretrain needs --manifest and --waves")
+        with TemporaryDirectory() as made:
+            pretrain(source, corpus.manifest, corpus.waves, Path(made), on_progress)
+            audio = corpus.manifest.select(split="train").audio_digest
+            return _pin_folder(Path(made), work, params, source.model_dump(mode="json") | {"audio": audio})
+
+
+def fetch(source: Hub) -> Path:
+    """The folder of one commit in the hub's cache: what is there already is used without asking the network.
+
+    Raises:
+        DataError: neither in the cache nor to be had; with HF_HUB_OFFLINE=1 at once.
+    """
+    try:
+        cached = _snapshot(source, SAFE_FILES, local=True)
+        if (cached / CONFIG).exists() and any((cached / name).exists() for name in (WEIGHTS, INDEX, PICKLE)):
+            return cached
+    except LocalEntryNotFoundError:
+        pass  # the commit is not in the cache at all
+    where = f"{source.repo} at {source.revision}"
+    try:
+        found = _snapshot(source, SAFE_FILES, local=False)
+        if (found / WEIGHTS).exists() or (found / INDEX).exists():
+            return found
+        return _snapshot(source, [*SAFE_FILES, PICKLE], local=False)
+    except LocalEntryNotFoundError:
+        raise DataError(
+            f"{where} is not in the hub's cache (HF_HUB_CACHE) and the hub cannot be reached; run once with a network, or "
+            "copy the folder here and use {kind: folder}"
+        ) from None
+    except HTTPError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(
+            f"{where} could not be fetched: {reason}; check repo, revision and your access to it"
+        ) from error
+
+
+def _snapshot(source: Hub, files: list[str], local: bool) -> Path:
+    try:
+        return Path(
+            snapshot_download(source.repo, revision=source.revision, allow_patterns=files, local_files_only=local)
+        )
+    except HFValidationError as error:
+        raise SettingsError(f"{source.repo!r} is not a repository's name (owner/name): {error}") from error
+
+
+def _pin_folder(folder: Path, work: Path, params: TeacherParams, record: dict[str, Any]) -> Pinned:
+    where = f"{record['repo']} at {record['revision'][:12]}" if record["kind"] == "hub" else str(folder)
+    if not (folder / CONFIG).exists():
+        raise DataError(f"{where} has no {CONFIG}; a teacher is a folder that transformers' save_pretrained wrote")
+    normalise = params.normalise if params.normalise is not None else _published_normalise(folder, where)
+    return pin(work, read_json(folder / CONFIG), read_weights(folder, where), normalise, record, where)
+
+
+def _published_normalise(folder: Path, where: str) -> bool:
+    described = read_json(folder / PREPROCESSOR) if (folder / PREPROCESSOR).exists() else {}
+    if not isinstance(normalise := described.get("do_normalize"), bool):
+        raise SettingsError(
+            f"{where} does not say in {PREPROCESSOR} whether waveforms are normalised; set the teacher's "
+            "normalise: false (base models of fairseq) or true (large ones)"
+        )
+    return normalise
+
+
+def read_weights(folder: Path, where: str) -> dict[str, Tensor]:
+    """All tensors of a folder, from safetensors (one file or several) or from a pickle that is read without running it.
+
+    Raises:
+        StoreError: damaged, or a pickle that holds more than tensors.
+        DataError: no weights.
+    """
+    if (folder / WEIGHTS).exists():
+        return read_safetensors(folder / WEIGHTS)
+    if (folder / INDEX).exists():
+        names = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
+        if strange := [name for name in names if Path(name).name != name or not (folder / name).exists()]:
+            raise DataError(
+                f"{where}: {INDEX} names {', '.join(strange)}, which the folder does not have; fetch it again"
+            )
+        return {key: tensor for name in names for key, tensor in read_safetensors(folder / name).items()}
+    if not (folder / PICKLE).exists():
+        raise DataError(f"{where} has neither {WEIGHTS} nor {PICKLE}")
+    remedy = "nothing of it was run; ask its authors for safetensors"
+    try:
+        weights = torch.load(folder / PICKLE, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise StoreError(f"{where}: {PICKLE} is damaged or holds more than tensors ({reason}); {remedy}") from error
+    if not isinstance(weights, dict) or not all(isinstance(t, Tensor) for t in weights.values()):
+        raise StoreError(f"{where}: {PICKLE} is not a plain state dict; {remedy}")
+    return dict(weights)

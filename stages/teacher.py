@@ -1,0 +1,51 @@
+"""teacher: a folder, a hub commit or a pretraining in, one pinned teacher and its weights for a student out."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer()
+
+
+@app.command()
+def main(
+    name: Annotated[
+        str, typer.Argument(help="Name of the teacher; its settings are teachers.NAME of the params file.")
+    ],
+    out: Annotated[Path, typer.Option(help="The pinned folder to write.")],
+    init: Annotated[Path, typer.Option(help="The weights to write under a student's names, a safetensors file.")],
+    manifest: Annotated[Path | None, typer.Option(help="Which recordings there are; for {kind: pretrain}.")] = None,
+    waves: Annotated[Path | None, typer.Option(help="Receipt of the wave store; for {kind: pretrain}.")] = None,
+    params: Annotated[Path, typer.Option(help="Settings.")] = Path("params.yaml"),
+) -> None:
+    """Fetch, check and pin a teacher, or pretrain one here; and write what a student can start from."""
+    from safetensors.torch import save_file
+
+    from cache.manifest import read_manifest
+    from cache.publish import publish_file
+    from cache.receipts import open_receipt
+    from pipeline.student.adopt import adopt
+    from pipeline.teachers.pretrain import PretrainParams, audio_seconds
+    from pipeline.teachers.sources import Corpus, Folder, Hub, Source, TeacherParams, materialise
+    from stages._params import read_params
+    from stages._progress import progress
+
+    source: Folder | Hub | PretrainParams = read_params(f"teachers.{name}.source", Source, params)
+    settings = TeacherParams(source=source, normalise=read_params(f"teachers.{name}.normalise", bool | None, params))
+    if isinstance(source, PretrainParams) and manifest is not None and waves is not None:
+        corpus = Corpus(read_manifest(manifest), open_receipt(waves))
+        with progress(f"pretrain {name}", total=audio_seconds(source), unit="audio-s") as tick:
+            pinned = materialise(settings, out, corpus, tick)
+    else:
+        pinned = materialise(settings, out)
+    with publish_file(init) as partial:
+        save_file(adopt(out), partial, metadata={"teacher": pinned.digest})
+    print(
+        f"teacher {name}: {pinned.family}, {pinned.num_params:,} parameters, {pinned.layers} layers x {pinned.width}, "
+        f"waveforms {'normalised' if pinned.normalise else 'as they are'}, digest {pinned.digest[:12]}"
+    )
+
+
+if __name__ == "__main__":
+    app()
