@@ -2,12 +2,11 @@
 
 A store is a Zarr v3 group. Each of its arrays ("layer-04", "wave") holds the rows of all utterances one after another,
 cut into the same shards; the columns `start`, `rows`, `ids` and `id_end` say where each utterance lies. Reading one
-utterance of one array is one `preadv` into the caller's buffer: the shard's index is read once and the checksums
-between the chunks are stepped over.
+utterance of one array is one `preadv` into the caller's buffer: each shard's index is read once, and the checksums
+between the chunks are stepped over, or compared if `verify` is set.
 """
 
 import os
-from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,21 +19,20 @@ from cache.errors import StoreError
 from cache.frames import FrameSpan
 from cache.plan import StorePlan, plan_rows
 from cache.publish import canonical_json, read_json, write_json
+from cache.scatter import Reads, read_checked, read_rows
 from cache.zarrshard import (
     CRC_BYTES,
     ArraySpec,
     Grid,
     array_metadata,
-    crc32c,
     decode_index,
     read_column,
     shard_path,
     write_column,
 )
 
+MAX_OPEN_SHARDS = 512  # file handles a reader keeps from one call to the next
 FORMAT = 1  # raised by one when a reader of the old format would read wrong numbers
-MAX_OPEN_SHARDS = 256  # file handles one reader keeps
-MAX_VECTORS = 512  # buffers per preadv; Linux allows 1024
 
 
 def layer_name(layer: int) -> str:
@@ -72,7 +70,7 @@ class Store:
         self.grid = Grid(header["chunk_rows"], header["shard_rows"])
         self.arrays = {name: ArraySpec(name, self.width, self.codec) for name in arrays}
         self.rows: Int64[np.ndarray, " U"] = read_column(self.directory / "rows", "<i8").astype(np.int64)
-        self._open: OrderedDict[tuple[str, int], tuple[int, UInt64[np.ndarray, "N 2"]]] = OrderedDict()
+        self._open: dict[tuple[str, int], tuple[int, int]] = {}
 
     @cached_property
     def plan(self) -> StorePlan:
@@ -110,8 +108,9 @@ class Store:
         u = self._number(utterance)
         rows = slice(0, int(self.rows[u])) if span is None else (span.samples if self.width is None else span.rows)
         inner = () if self.width is None else (self.width,)
-        out = np.empty((rows.stop - rows.start, *inner), dtype=self.codec)
-        self._read_rows(array, u, rows, out)
+        out = np.empty((max(rows.stop - rows.start, 0), *inner), dtype=self.codec)
+        begin, count = np.array([rows.start]), np.array([rows.stop - rows.start])
+        self._gather(array, np.array([u]), begin, count, np.array([out.ctypes.data]))
         return out
 
     def read_batch(
@@ -127,78 +126,56 @@ class Store:
             (B, L, T, D) with zeros after the end of each utterance, and the (B,) frame counts. `out` is used where
             it is given: a reused buffer saves its page faults. Its T may be larger than the longest utterance.
         """
-        numbers = [self._number(u) for u in utterances]
-        places = [slice(0, int(self.rows[u])) for u in numbers] if spans is None else [s.rows for s in spans]
-        counts = np.array([p.stop - p.start for p in places], dtype=np.int64)
+        numbers = np.array([self._number(u) for u in utterances])
+        begin = np.zeros_like(numbers) if spans is None else np.array([s.start for s in spans])
+        counts = self.rows[numbers] if spans is None else np.array([s.count for s in spans])
         if out is None:
             out = np.empty((len(numbers), len(arrays), int(counts.max()), self.width or 1), dtype=self.codec)
-        for b, (u, place) in enumerate(zip(numbers, places, strict=True)):
-            for a, array in enumerate(arrays):
-                self._read_rows(array, u, place, out[b, a, : counts[b]])
-                out[b, a, counts[b] :] = 0
+        assert out[0, 0].flags.c_contiguous
+        assert out.shape[:2] == (len(numbers), len(arrays))
+        assert out.shape[2] >= counts.max()
+        rows_of = out.ctypes.data + np.arange(len(numbers)) * out.strides[0]
+        for a, array in enumerate(arrays):
+            self._gather(array, numbers, begin, counts, rows_of + a * out.strides[1])
+        for b, count in enumerate(counts.tolist()):
+            out[b, :, count:] = 0
         return out, counts
 
-    def _read_rows(self, array: str, u: int, rows: slice, out: Shaped[np.ndarray, "T ..."]) -> None:
-        if not 0 <= rows.start < rows.stop <= self.rows[u]:
-            raise StoreError(
-                f"{self.directory}: rows {rows.start} to {rows.stop} of {self.ids[u]} were asked for, and it has {self.rows[u]}"
-            )
-        shard, start = divmod(int(self.plan.start[u]) + rows.start, self.grid.shard_rows)
-        stop = start + rows.stop - rows.start
-        spec = self.spec(array)
-        handle, index = self._shard(spec, shard)
-        chunk_rows, row_bytes = self.grid.chunk_rows, spec.row_bytes
-        chunks = index[start // chunk_rows : (stop - 1) // chunk_rows + 1]
-        stride = chunk_rows * row_bytes + CRC_BYTES
-        if (chunks[:, 1] != stride).any():
-            raise StoreError(f"{shard_path(self.directory, spec, shard)} lacks rows of {self.ids[u]}; extract again")
-        target = out.reshape(-1).view(np.uint8).data
-        if self.verify:
-            self._read_verified(spec, shard, chunks, start, stop, target)
-            return
-        # Runs of chunks that lie one after another on the disk are one preadv; our writer always makes one run.
-        breaks = np.flatnonzero(np.diff(chunks[:, 0]) != stride) + 1
-        first, at = start // chunk_rows, 0
-        for run in np.split(np.arange(len(chunks)), breaks):
-            lo = max(start, (first + int(run[0])) * chunk_rows)
-            hi = min(stop, (first + int(run[-1]) + 1) * chunk_rows)
-            offset = int(chunks[run[0], 0]) + (lo % chunk_rows) * row_bytes
-            size = (hi - lo) * row_bytes
-            head = min(size, (chunk_rows - lo % chunk_rows) * row_bytes)
-            _read_stepping(
-                handle,
-                offset,
-                target[at : at + size],
-                head,
-                stride - CRC_BYTES,
-                shard_path(self.directory, spec, shard),
-            )
-            at += size
-
-    def _read_verified(
-        self, spec: ArraySpec, shard: int, chunks: UInt64[np.ndarray, "N 2"], start: int, stop: int, target: memoryview
+    def _gather(
+        self,
+        array: str,
+        utterances: Int64[np.ndarray, " B"],
+        begin: Int64[np.ndarray, " B"],
+        count: Int64[np.ndarray, " B"],
+        target: Int64[np.ndarray, " B"],
     ) -> None:
-        handle, _ = self._shard(spec, shard)
-        chunk_rows, row_bytes = self.grid.chunk_rows, spec.row_bytes
-        first, at = start // chunk_rows, 0
-        for c, (offset, size) in enumerate(chunks.tolist()):
-            data = os.pread(handle, size, offset)
-            if crc32c(data[:-CRC_BYTES]) != data[-CRC_BYTES:]:
-                where = shard_path(self.directory, spec, shard)
-                raise StoreError(
-                    f"{where}: chunk {first + c} is damaged (its checksum differs); extract again to replace the shard"
-                )
-            lo = max(start, (first + c) * chunk_rows) % chunk_rows
-            hi = min(stop - (first + c) * chunk_rows, chunk_rows)
-            piece = data[lo * row_bytes : hi * row_bytes]
-            target[at : at + len(piece)] = piece
-            at += len(piece)
+        """Copy rows [begin, begin + count) of each utterance of one array to its address."""
+        outside = (begin < 0) | (count < 1) | (begin + count > self.rows[utterances])
+        if outside.any():
+            b = int(outside.argmax())
+            u = int(utterances[b])
+            raise StoreError(
+                f"{self.directory}: rows {begin[b]} to {begin[b] + count[b]} of {self.ids[u]} were asked for, "
+                f"and it has {self.rows[u]}"
+            )
+        spec = self.spec(array)
+        shard, row = np.divmod(self.plan.start[utterances] + begin, self.grid.shard_rows)
+        opened = [self._shard(spec, s) for s in shard.tolist()]
+        first_chunk = np.array([at for _, at in opened])
+        reads = Reads([handle for handle, _ in opened], first_chunk, row, count, target)
+        failed = read_rows(reads, self.grid.chunk_rows, spec.row_bytes)
+        damaged = read_checked(reads, self.grid.chunk_rows, spec.row_bytes) if self.verify and not failed else {}
+        for b in [*failed, *damaged]:
+            where = shard_path(self.directory, spec, int(shard[b]))
+            what = f"chunk {damaged[b]} is damaged (its checksum differs)" if b in damaged else "it is cut short"
+            raise StoreError(f"{where}: {what}; extract again to replace the shard")
+        while len(self._open) > MAX_OPEN_SHARDS:  # oldest first; never in the middle of a batch
+            os.close(self._open.pop(next(iter(self._open)))[0])
 
-    def _shard(self, spec: ArraySpec, shard: int) -> tuple[int, UInt64[np.ndarray, "N 2"]]:
-        """Handle and index of one shard, opened once."""
+    def _shard(self, spec: ArraySpec, shard: int) -> tuple[int, int]:
+        """Handle of one shard and the offset of its first chunk, opened and its index checked once."""
         place = (spec.name, shard)
         if place in self._open:
-            self._open.move_to_end(place)
             return self._open[place]
         path = shard_path(self.directory, spec, shard)
         size = 16 * self.grid.chunks + CRC_BYTES
@@ -209,13 +186,14 @@ class Store:
         end = os.fstat(handle).st_size
         data = os.pread(handle, size, max(0, end - size))
         try:
-            entry = handle, decode_index(data, self.grid, path)
+            entry = (
+                handle,
+                first_chunk(decode_index(data, self.grid, path), self.plan.used_rows(shard), spec, self.grid, path),
+            )
         except StoreError:
             os.close(handle)
             raise
         self._open[place] = entry
-        if len(self._open) > MAX_OPEN_SHARDS:
-            os.close(self._open.popitem(last=False)[1][0])
         return entry
 
     def close(self) -> None:
@@ -231,40 +209,17 @@ class Store:
         return Store, (self.directory, tuple(self.arrays), self.verify)
 
 
-def _read_stepping(handle: int, offset: int, target: memoryview, head: int, step: int, where: Path) -> None:
-    """Fill `target` from `offset` on, stepping over the checksums: after the first `head` bytes, then after each `step`."""
-    skip = memoryview(bytearray(CRC_BYTES))
-    vectors, at, end = [target[:head]], head, len(target)
-    while at < end:
-        vectors += [skip, target[at : at + step]]
-        at += step
-    for i in range(0, len(vectors), MAX_VECTORS):
-        part = vectors[i : i + MAX_VECTORS]
-        want = sum(map(len, part))
-        got = os.preadv(handle, part, offset)
-        if got != want:
-            got += _read_rest(handle, part, offset, got)
-        if got != want:
-            raise StoreError(f"{where} is cut short; extract again to replace the shard")
-        offset += want
+def first_chunk(index: UInt64[np.ndarray, "N 2"], rows: int, spec: ArraySpec, grid: Grid, where: Path) -> int:
+    """Offset of the first chunk of a shard whose chunks lie in order without gaps, which format 1 demands.
 
-
-def _read_rest(handle: int, vectors: list[memoryview], offset: int, done: int) -> int:
-    """Go on after a short read (a signal, or more than 2 GiB at once); gives the bytes it added."""
-    added, skip = 0, done
-    for vector in vectors:
-        if skip >= len(vector):
-            skip -= len(vector)
-            continue
-        rest = vector[skip:]
-        skip = 0
-        while rest:
-            got = os.preadv(handle, [rest], offset + done + added)
-            if got == 0:
-                return added
-            added += got
-            rest = rest[got:]
-    return added
+    Raises:
+        StoreError: a chunk is absent or lies elsewhere.
+    """
+    used = index[: -(-rows // grid.chunk_rows)].astype(np.int64)
+    stride = grid.chunk_rows * spec.row_bytes + CRC_BYTES
+    if (used[:, 1] != stride).any() or (np.diff(used[:, 0]) != stride).any():
+        raise StoreError(f"{where}: its chunks are not laid in order (written by another program?); extract again")
+    return int(used[0, 0])
 
 
 def read_header(directory: Path) -> dict[str, Any]:
