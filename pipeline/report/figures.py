@@ -1,0 +1,178 @@
+"""A run in; its loss curves and its learned layer weights as pictures out, each as PNG bytes and as inline SVG.
+
+The PNG files stand alone; the page embeds the SVG, whose text is real text in the fonts of the page. Both are the same
+figure and the same bytes every time: no date, no version, ids from a fixed salt.
+"""
+
+import io
+import re
+from collections.abc import Sequence
+from math import ceil
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+
+from pipeline.report.gather import CurvePoint, Run, Student
+from pipeline.tasks.labels import TASKS
+
+INK, MUTED, HAIRLINE, ACCENT = "#211d1e", "#7a7274", "#d9d3d0", "#7b1e3a"
+WINE = LinearSegmentedColormap.from_list("wine", ["#fbf7f4", "#e9c9c6", "#c77f86", "#96364f", "#5c1230"])
+LOOK: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the same picture on every machine
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": HAIRLINE,
+    "axes.labelcolor": MUTED,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.size": 3,
+    "ytick.major.size": 0,
+    "svg.fonttype": "none",
+    "axes.axisbelow": True,
+}
+WIDTH = 9.6  # inches; the page is ten wide
+
+
+def curves(students: Sequence[Student]) -> Figure:
+    """Small multiples, one student each: the loss of every step in grey, its running mean in ink, dev in wine."""
+    columns = min(3, len(students))
+    rows = ceil(len(students) / columns)
+    with matplotlib.rc_context(LOOK):
+        figure = Figure(figsize=(WIDTH, 2.7 * rows), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False).flatten()
+        for axis, student in zip(axes, students, strict=False):
+            _curve(axis, student)
+        for axis in axes[len(students) :]:
+            axis.set_axis_off()
+    return figure
+
+
+def _curve(axis: Axes, student: Student) -> None:
+    axis.set_title(student.name, loc="left", fontsize=10, color=INK, fontweight="bold")
+    axis.grid(axis="y", color=HAIRLINE, linewidth=0.6)
+    if not student.curve:
+        axis.text(0.5, 0.5, "not trained", transform=axis.transAxes, ha="center", va="center", color=MUTED)
+        axis.set_xticks([])
+        axis.set_yticks([])
+        return
+    steps = [point.step for point in student.curve]
+    axis.plot(steps, [point.train for point in student.curve], color=HAIRLINE, linewidth=0.7)
+    axis.plot(steps, _running_mean(student.curve), color=MUTED, linewidth=1.2)
+    dev = [(point.step, point.dev) for point in student.curve if point.dev is not None]
+    axis.plot(*zip(*dev, strict=True), color=ACCENT, linewidth=1.6, marker="o", markersize=2.6) if dev else None
+    axis.set_xlabel("step")
+    axis.set_xlim(0, steps[-1] * 1.12)
+    # the first steps of a fresh head tower over everything after them: show the band that training moves in
+    settled = sorted(point.train for point in student.curve[len(student.curve) // 50 :]) + [loss for _, loss in dev]
+    low, high = min(settled), max(_quantile(settled, 0.99), *(loss for _, loss in dev), min(settled) + 1e-6)
+    axis.set_ylim(low - 0.08 * (high - low), high + 0.12 * (high - low))
+    last_train = _running_mean(student.curve)[-1]
+    above = not dev or last_train >= dev[-1][1]
+    ends = [("train", last_train, MUTED, above), *((("dev", dev[-1][1], ACCENT, not above),) if dev else ())]
+    for label, value, colour, up in ends:
+        axis.annotate(
+            f"{label} {value:.3f}",
+            (steps[-1], value),
+            xytext=(4, 5 if up else -5),
+            textcoords="offset points",
+            va="bottom" if up else "top",
+            ha="right",
+            color=colour,
+            fontsize=8,
+            fontweight="bold" if label == "dev" else "normal",
+        )
+
+
+def _running_mean(curve: Sequence[CurvePoint]) -> list[float]:
+    """Mean over a window of a fortieth of the run, up to and including each step."""
+    window = max(1, len(curve) // 40)
+    sums = [0.0]
+    for point in curve:
+        sums.append(sums[-1] + point.train)
+    return [(sums[n + 1] - sums[max(0, n + 1 - window)]) / min(n + 1, window) for n in range(len(curve))]
+
+
+def _quantile(ordered: Sequence[float], share: float) -> float:
+    values = sorted(ordered)
+    return values[min(len(values) - 1, int(share * len(values)))]
+
+
+def layer_weights(run: Run) -> Figure:
+    """One panel a task: models down, layers across, the weight of each layer as colour and as number.
+
+    Models of one layer have nothing to weigh and are left out; their line would read 1.00.
+    """
+    names = [model.name for model in run.models if model.num_layers > 1]
+    deepest = max((model.num_layers for model in run.models), default=1)
+    with matplotlib.rc_context(LOOK):
+        figure = Figure(figsize=(WIDTH, 0.9 + 0.34 * max(1, len(names))), layout="constrained")
+        axes = figure.subplots(1, len(run.tasks), squeeze=False, sharey=True)[0]
+        for axis, task in zip(axes, run.tasks, strict=True):
+            axis.set_title(TASKS[task].title, loc="left", fontsize=10, color=INK, fontweight="bold")
+            axis.spines[:].set_visible(False)
+            axis.tick_params(length=0)
+            for row, name in enumerate(names):
+                score = run.scores.get((name, task))
+                weights = () if score is None else score.layer_weights
+                if weights:
+                    edges = [column - 0.5 for column in range(len(weights) + 1)]
+                    axis.pcolormesh(
+                        edges,
+                        [row - 0.5, row + 0.5],
+                        [weights],
+                        cmap=WINE,
+                        vmin=0,
+                        vmax=max(0.5, max(weights)),
+                        edgecolors="white",
+                        linewidth=1.5,
+                    )
+                for column, weight in enumerate(weights):
+                    if deepest <= 14:
+                        shade = weight / max(0.5, *weights)
+                        axis.text(
+                            column,
+                            row,
+                            f"{weight:.2f}".removeprefix("0"),
+                            ha="center",
+                            va="center",
+                            fontsize=8 if deepest <= 8 else 6.5,
+                            color="white" if shade > 0.45 else INK,
+                        )
+            axis.set_xlim(-0.5, deepest - 0.5)
+            axis.set_ylim(max(1, len(names)) - 0.5, -0.5)
+            axis.set_xticks(range(deepest))
+            axis.set_yticks(range(len(names)), names, color=INK)
+            axis.set_xlabel("layer (0 is the input of the first block)")
+            if not names:
+                axis.text(0, 0, "no model with more than one layer", color=MUTED, va="center")
+    return figure
+
+
+def png(figure: Figure) -> bytes:
+    """The bytes of a PNG file without date or version."""
+    data = io.BytesIO()
+    with matplotlib.rc_context(LOOK):
+        figure.savefig(data, format="png", dpi=200, metadata={"Software": None}, facecolor="white")
+    return data.getvalue()
+
+
+def svg(figure: Figure, name: str, description: str) -> str:
+    """Markup for the page: scales with it, uses its fonts, and keeps its ids to itself."""
+    text = io.StringIO()
+    with matplotlib.rc_context({**LOOK, "svg.hashsalt": name}):
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+    markup = text.getvalue()
+    markup = markup[markup.index("<svg") :]
+    markup = re.sub(r"<metadata>.*?</metadata>", "", markup, flags=re.DOTALL)
+    markup = re.sub(r"'DejaVu Sans'(, [^;\"]*)?", "var(--sans)", markup)
+    markup = re.sub(r'\bid="', f'id="{name}-', markup)
+    markup = re.sub(r'(url\(|href=")#', rf"\1#{name}-", markup)
+    markup = re.sub(r'<svg ([^>]*?)width="[^"]*" ?', r"<svg \1", markup, count=1)
+    markup = re.sub(r'<svg ([^>]*?)height="[^"]*" ?', r"<svg \1", markup, count=1)
+    return markup.replace("<svg ", f'<svg role="img" aria-label="{description}" ', 1).strip()

@@ -1,0 +1,322 @@
+"""The products of a run in, one `Run` out: everything a report says, read, checked and put in order.
+
+Nothing is computed twice here: scores come from probes, bytes from receipts, losses from training. A product that is
+missing, unreadable or made from another version of its input is refused by name, because a table in which one row is
+stale looks exactly like one in which none is.
+"""
+
+import csv
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from cache.errors import StoreError
+from cache.frames import RATE_HZ
+from cache.manifest import SPLITS, Manifest, read_manifest
+from cache.publish import read_json
+from pipeline.tasks.labels import TASKS
+
+
+class ArrayFile(BaseModel, frozen=True):
+    """One array of a receipt."""
+
+    width: int | None
+    codec: str
+    shards: tuple[tuple[int, str], ...]
+
+
+class ReceiptFile(BaseModel, frozen=True):
+    """What a report reads of a receipt; the rest is left alone."""
+
+    kind: str
+    key: str
+    fingerprint: dict[str, Any]
+    arrays: dict[str, ArrayFile]
+    utterances: int
+    rows: int
+
+
+class ScoreFile(BaseModel, frozen=True):
+    """What a report reads of a probe's score."""
+
+    model: str
+    task: str
+    description: dict[str, Any]
+    mean: float
+    sd: float | None
+    interval: tuple[float, float]
+    chance: float
+    majority: float
+    lr: float
+    lr_at_edge: bool
+    layers: tuple[str, ...]
+    layer_weights: tuple[float, ...]
+    classes: tuple[str, ...]
+    counts: dict[str, int]
+    params: dict[str, Any]
+
+
+class MetricsFile(BaseModel, frozen=True):
+    """What a report reads of a student's metrics.json."""
+
+    steps: int
+    dev: dict[str, float | None]
+    params: dict[str, int]
+
+
+class CurvePoint(NamedTuple):
+    """One line of curves.csv; dev is there where the student was validated."""
+
+    step: int
+    train: float
+    dev: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """What one corpus gave."""
+
+    name: str
+    utterances: int
+    hours: float
+    speakers: int
+    splits: dict[str, int]
+    tasks: dict[str, int]
+    quarantined: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoreFacts:
+    """One store on disk."""
+
+    name: str
+    purpose: str
+    """waveforms | targets | features"""
+    layers: tuple[str, ...]
+    width: int | None
+    codec: str
+    utterances: int
+    rows: int
+    bytes: int
+    shards: int
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model that was probed."""
+
+    name: str
+    kind: str
+    """The family of a teacher, `student`, or `log-mel`."""
+    num_layers: int
+    width: int
+    num_params: int | None
+    weight_bytes: int | None
+    """Students: the file as it lies on disk; others: four bytes a parameter."""
+    untrained: bool
+
+    @property
+    def role(self) -> str:
+        """teacher | student | baseline: the groups of every table."""
+        return {"student": "student", "log-mel": "baseline"}.get(self.kind, "teacher")
+
+
+@dataclass(frozen=True, slots=True)
+class Student:
+    """How a student was trained."""
+
+    name: str
+    metrics: MetricsFile
+    curve: tuple[CurvePoint, ...]
+    facts: dict[str, Any]
+    """shape.json (and params.json where there is one): shape, settings, targets."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Everything a report says."""
+
+    corpora: tuple[Corpus, ...]
+    stores: tuple[StoreFacts, ...]
+    models: tuple[Model, ...]
+    """Teachers, students, baselines; larger first within each."""
+    students: tuple[Student, ...]
+    tasks: tuple[str, ...]
+    scores: dict[tuple[str, str], ScoreFile]
+    """(model, task) -> score; a pair that was not probed is absent."""
+
+    def best(self, task: str) -> float:
+        """The highest score of a task."""
+        return max(score.mean for (_, of), score in self.scores.items() if of == task)
+
+    def of_role(self, role: str) -> list[Model]:
+        """The models of one group."""
+        return [model for model in self.models if model.role == role]
+
+
+def gather(
+    manifest: Path, quarantine: Path, waves: Path, receipts: Path, features: Path, models: Path, probes: Path
+) -> Run:
+    """Read a run from its products.
+
+    Raises:
+        StoreError: a product is missing, unreadable, or older than what it was made from.
+    """
+    read: Manifest = read_manifest(manifest)
+    of_teachers = {
+        path.stem: receipt
+        for path in _files(receipts, "*.json", "receipt of a teacher's store", "extract")
+        if path.resolve() != waves.resolve() and (receipt := _parsed(path, ReceiptFile)).kind == "features"
+    }
+    of_models = {p.stem: _parsed(p, ReceiptFile) for p in _files(features, "*.json", "receipt of features", "extract")}
+    students = tuple(
+        _student(path.parent) for path in _files(models, "*/shape.json", "student (NAME/shape.json)", "distill")
+    )
+    scores = {}
+    for path in _files(probes, "*.json", "score", "probe"):
+        score = _parsed(path, ScoreFile)
+        if score.model not in of_models:
+            raise StoreError(
+                f"{path} is a score of '{score.model}', which has no receipt in {features}; "
+                "delete the score, or run `dvc repro` to bring both in step"
+            )
+        made_from, now = score.description.get("store"), of_models[score.model].key
+        if made_from != now:
+            raise StoreError(
+                f"{path} was made from features {made_from} and {features / score.model}.json now describes {now}; "
+                f"run `decant probe {score.model} {score.task}` again (`dvc repro` does)"
+            )
+        scores[score.model, score.task] = score
+    probed = {name for name, _ in scores}
+    known = {student.name: student for student in students}
+    described = [_model(name, receipt, models, known) for name, receipt in of_models.items() if name in probed]
+    order = {"teacher": 0, "student": 1, "baseline": 2}
+    return Run(
+        corpora=tuple(_corpora(read, quarantine)),
+        stores=(
+            _store("waveforms", "waveforms", _parsed(waves, ReceiptFile)),
+            *(_store(name, "targets", receipt) for name, receipt in of_teachers.items()),
+            *(_store(name, "features", receipt) for name, receipt in of_models.items()),
+        ),
+        models=tuple(sorted(described, key=lambda m: (order[m.role], m.untrained, -(m.num_params or 0), m.name))),
+        students=students,
+        tasks=tuple(sorted({task for _, task in scores}, key=lambda task: (*TASKS, task).index(task))),
+        scores=scores,
+    )
+
+
+FileModel = TypeVar("FileModel", bound=BaseModel)
+
+
+def _files(folder: Path, pattern: str, what: str, stage: str) -> list[Path]:
+    """The products in a folder, in order; none is a refusal."""
+    found = sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
+    found = [path for path in found if not path.parent.name.startswith(".")]
+    if not found:
+        raise StoreError(f"{folder} holds no {what}; run `decant {stage}` (or `dvc repro`) before the report")
+    return found
+
+
+def _parsed(path: Path, model: type[FileModel]) -> FileModel:
+    """One JSON product, with the first misfit named."""
+    try:
+        return model.model_validate(read_json(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the whole file"
+        raise StoreError(
+            f"{path}: {where}: {first['msg'].lower()}; delete it and run the stage that writes it again (`dvc repro`)"
+        ) from error
+
+
+def _corpora(manifest: Manifest, quarantine: Path) -> list[Corpus]:
+    """One row a corpus; recordings that could not be used are told by the corpus that leads their id."""
+    if not quarantine.exists():
+        raise StoreError(f"{quarantine} does not exist; `decant prepare` writes it beside the manifest")
+    refused: Counter[str] = Counter()
+    for number, line in enumerate(quarantine.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            refused[str(json.loads(line)["id"]).split("/")[0]] += 1
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise StoreError(
+                f"{quarantine}, line {number} is not a quarantine row; run `decant prepare` again"
+            ) from error
+    rows = []
+    for name in sorted({utterance.corpus for utterance in manifest} | set(refused)):
+        members = [utterance for utterance in manifest if utterance.corpus == name]
+        splits = Counter(utterance.split for utterance in members)
+        rows.append(
+            Corpus(
+                name=name,
+                utterances=len(members),
+                hours=sum(utterance.samples for utterance in members) / RATE_HZ / 3600,
+                speakers=len({utterance.speaker for utterance in members if utterance.speaker is not None}),
+                splits={split: splits[split] for split in SPLITS},
+                tasks=dict(sorted(Counter(task for utterance in members for task in utterance.tasks).items())),
+                quarantined=refused[name],
+            )
+        )
+    return rows
+
+
+def _store(name: str, purpose: str, receipt: ReceiptFile) -> StoreFacts:
+    first = next(iter(receipt.arrays.values()))
+    return StoreFacts(
+        name=name,
+        purpose=purpose,
+        layers=tuple(layer for layer in sorted(receipt.arrays) if layer.startswith("layer-")),
+        width=first.width,
+        codec=first.codec,
+        utterances=receipt.utterances,
+        rows=receipt.rows,
+        bytes=sum(size for array in receipt.arrays.values() for size, _ in array.shards),
+        shards=sum(len(array.shards) for array in receipt.arrays.values()),
+        key=receipt.key,
+    )
+
+
+def _model(name: str, receipt: ReceiptFile, models: Path, students: dict[str, Student]) -> Model:
+    described = receipt.fingerprint.get("model", {})
+    student = students.get(name)
+    num_params = student.metrics.params["student"] if student is not None else described.get("num_params")
+    weights = models / name / "weights.safetensors"
+    if student is not None:
+        weight_bytes = weights.stat().st_size if weights.exists() else None
+    else:
+        weight_bytes = 4 * num_params if num_params else None
+    return Model(
+        name=name,
+        kind=str(described.get("kind", "student" if student is not None else "teacher")),
+        num_layers=len(receipt.arrays),
+        width=next(iter(receipt.arrays.values())).width or 0,
+        num_params=num_params or None,
+        weight_bytes=weight_bytes,
+        untrained=student is not None and student.metrics.steps == 0,
+    )
+
+
+def _student(folder: Path) -> Student:
+    facts = dict(read_json(folder / "shape.json"))
+    if (folder / "params.json").exists():
+        facts["params"] = read_json(folder / "params.json")
+    return Student(folder.name, _parsed(folder / "metrics.json", MetricsFile), _curve(folder / "curves.csv"), facts)
+
+
+def _curve(path: Path) -> tuple[CurvePoint, ...]:
+    if not path.exists():
+        raise StoreError(f"{path} does not exist; run `decant distill {path.parent.name}` again")
+    with open(path, newline="", encoding="utf-8") as file:
+        try:
+            return tuple(
+                CurvePoint(int(row["step"]), float(row["total"]), float(row["dev_total"]) if row["dev_total"] else None)
+                for row in csv.DictReader(file)
+            )
+        except (KeyError, ValueError, TypeError) as error:
+            raise StoreError(
+                f"{path} is not a training curve ({error}); run `decant distill {path.parent.name}` again"
+            ) from error

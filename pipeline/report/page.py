@@ -1,0 +1,58 @@
+"""A run in; one self-contained HTML page out.
+
+No script, no request: the style is inline, figures are SVG, and the page's own policy forbids anything else. It says
+nothing about when or where it was made, so the same run gives the same bytes.
+"""
+
+from pipeline.report import drawing, figures, sections
+from pipeline.report.gather import Run
+from pipeline.report.style import CSS
+from pipeline.tasks.labels import TASKS
+
+
+def html(run: Run) -> str:
+    """The page."""
+    curves = figures.svg(figures.curves(run.students), "curves", "Training and dev loss of every student")
+    weights = figures.svg(figures.layer_weights(run), "weights", "Learned layer weights of every model and task")
+    tasks = " and ".join(TASKS[task].title.lower() for task in run.tasks)
+    body = [
+        f'<header><h1>Decant</h1><p class="standfirst">{sections.standfirst(run)}</p></header>',
+        f'<div class="headline">{sections.headline(run)}</div>',
+        _section(
+            "How the numbers came about",
+            f'<figure class="scroll">{drawing.pipeline_svg(run)}</figure>',
+        ),
+        _section(
+            "Probes",
+            f'<div class="scroll">{sections.results(run)}</div>',
+            '<p class="note" style="margin-top:18px">Test accuracy in per cent, mean ± standard deviation over seeds; '
+            "the best of a task in bold. "
+            "Dot and bar: mean and 95 % interval; tick: chance. Weights: float32, for students the file itself.</p>",
+        ),
+        _section("SUPERB-like, not SUPERB", sections.protocol(run)),
+        _section(
+            "What the probes listen to",
+            f'<figure class="scroll">{weights}<figcaption>Softmax weights of the layers, mean over seeds at the chosen learning rate, '
+            f"for {tasks}. A row sums to one.</figcaption></figure>",
+        ),
+        _section(
+            "Distillation",
+            f'<figure class="scroll">{curves}<figcaption>Total loss (L1 and cosine). Pale: every step; grey: running mean; '
+            "wine: dev. The vertical range leaves out the first steps.</figcaption></figure>",
+            f'<div class="scroll" style="margin-top:28px">{sections.losses(run)}</div>',
+        ),
+        _section("Corpora", f'<div class="scroll">{sections.corpora(run)}</div>'),
+        _section("Stores", f'<div class="scroll">{sections.stores(run)}</div>'),
+        _section("Settings", sections.settings(run)),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
+        f"<title>Decant: report</title>\n<style>\n{CSS}</style>\n</head>\n"
+        f"<body>\n<main>\n{chr(10).join(body)}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _section(title: str, *parts: str) -> str:
+    return f"<section>\n<h2>{title}</h2>\n{chr(10).join(parts)}\n</section>"

@@ -1,0 +1,264 @@
+"""A run in; the tables and paragraphs of the page out, as HTML fragments."""
+
+from html import escape
+
+import yaml
+
+from cache.manifest import SPLITS
+from pipeline.report import wording
+from pipeline.report.gather import Model, Run, ScoreFile
+from pipeline.tasks.labels import TASKS
+
+GROUPS = {"teacher": "Teachers", "student": "Students", "baseline": "Baseline"}
+
+
+def standfirst(run: Run) -> str:
+    """One sentence that says what this run is."""
+    groups = [
+        wording.plural(len(run.of_role(role)), role) for role in ("teacher", "student", "baseline") if run.of_role(role)
+    ]
+    tasks = wording.listed([TASKS[task].title.lower() for task in run.tasks])
+    hours = wording.hours(sum(corpus.hours for corpus in run.corpora))
+    return (
+        f"{wording.listed(groups)}, each frozen and probed on {tasks}; {hours} of speech from "
+        f"{wording.listed([escape(corpus.name) for corpus in run.corpora])}."
+    )
+
+
+def headline(run: Run) -> str:
+    """Two to four figures a reader should leave with."""
+    cells = []
+    teachers, students = run.of_role("teacher"), [m for m in run.of_role("student") if not m.untrained]
+    sized_teachers = [model for model in teachers if model.num_params]
+    sized_students = [model for model in students if model.num_params]
+    if sized_teachers and sized_students:
+        large = max(sized_teachers, key=lambda model: model.num_params or 0)
+        small = min(sized_students, key=lambda model: model.num_params or 0)
+        ratio = (large.num_params or 0) / (small.num_params or 1)
+        cells.append(
+            (
+                f"{ratio:.1f}×" if ratio < 20 else f"{ratio:.0f}×",
+                "fewer parameters",
+                f"{escape(small.name)} has {wording.params(small.num_params)}, "
+                f"{escape(large.name)} {wording.params(large.num_params)}",
+            )
+        )
+    for task in run.tasks:
+        ranked = _ranked(run, task, students)
+        if not ranked:
+            continue
+        model, score = ranked[0]
+        others = [*_ranked(run, task, teachers)[:1], *_ranked(run, task, run.of_role("baseline"))[:1]]
+        beside = [f"{escape(other.name)} {wording.percent(its.mean)}" for other, its in others]
+        beside.append(f"chance {wording.percent(score.chance)}")
+        cells.append(
+            (f"{wording.percent(score.mean)}<small> %</small>", TASKS[task].title.lower(),
+             f"{escape(model.name)}, the best student; {', '.join(beside)}")
+        )  # fmt: skip
+    held = [store for store in run.stores if store.purpose == "targets"]
+    layers = sum(len(store.layers) for store in held)
+    cells.append(
+        (
+            wording.size(sum(store.bytes for store in held)),
+            "of targets on disk",
+            f"{wording.plural(layers, 'teacher layer')}, {wording.count(sum(store.rows for store in held))} frames, "
+            "read instead of a teacher",
+        )
+    )
+    return "".join(f"<div><b>{figure}</b><span>{what}</span><p>{note}</p></div>" for figure, what, note in cells[:4])
+
+
+def _ranked(run: Run, task: str, models: list[Model]) -> list[tuple[Model, ScoreFile]]:
+    """The models that were probed on a task, best first."""
+    found = [(model, run.scores[model.name, task]) for model in models if (model.name, task) in run.scores]
+    return sorted(found, key=lambda pair: -pair[1].mean)
+
+
+def results(run: Run) -> str:
+    """Models by tasks: accuracy with its spread over seeds, its 95 % interval as a picture, the learning rate."""
+    heads = "".join(f'<th colspan="3" class="task" scope="colgroup">{TASKS[task].title}</th>' for task in run.tasks)
+    under = '<th class="num task">accuracy, %</th><th class="plot">0<i>100</i></th><th class="num">lr</th>' * len(
+        run.tasks
+    )
+    rows = []
+    for role, title in GROUPS.items():
+        members = run.of_role(role)
+        if members:
+            width = 4 + 3 * len(run.tasks)
+            plural = title if len(members) == 1 or title.endswith("s") else title + "s"
+            singular = plural.removesuffix("s") if len(members) == 1 else plural
+            rows.append(f'<tr class="group"><th colspan="{width}" scope="rowgroup">{singular}</th></tr>')
+        for model in members:
+            note = ' <span class="tag">untrained</span>' if model.untrained else ""
+            cells = "".join(_score_cells(run, model, task) for task in run.tasks)
+            rows.append(
+                f'<tr><th scope="row">{escape(model.name)}{note}</th>'
+                f'<td class="num">{model.num_layers}{wording.NARROW}×{wording.NARROW}{model.width}</td>'
+                f'<td class="num">{wording.params(model.num_params)}</td>'
+                f'<td class="num">{wording.size(model.weight_bytes)}</td>{cells}</tr>'
+            )
+    chance = "".join(_chance_cells(run, task) for task in run.tasks)
+    rows.append(f'<tr class="chance"><th scope="row">Chance</th><td></td><td></td><td></td>{chance}</tr>')
+    return (
+        '<table class="results" id="probes"><thead>'
+        f"<tr><th></th><th></th><th></th><th></th>{heads}</tr>"
+        '<tr><th scope="col">Model</th><th class="num">layers × width</th><th class="num">parameters</th>'
+        f'<th class="num">weights</th>{under}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    )
+
+
+def _score_cells(run: Run, model: Model, task: str) -> str:
+    score = run.scores.get((model.name, task))
+    if score is None:
+        return f'<td class="num task">{wording.NONE}</td><td></td><td></td>'
+    best = score.mean == run.best(task)
+    figure = f"<b>{wording.percent(score.mean)}</b>" if best else wording.percent(score.mean)
+    spread = "" if score.sd is None else f'<span class="sd">±{wording.NARROW}{wording.percent(score.sd)}</span>'
+    edge = '<abbr title="the smallest or largest rate tried">*</abbr>' if score.lr_at_edge else ""
+    return (
+        f'<td class="num task">{figure}{spread}</td><td class="plot">{_interval(score)}</td>'
+        f'<td class="num lr">{wording.rate(score.lr)}{edge}</td>'
+    )
+
+
+def _interval(score: ScoreFile) -> str:
+    """A dot for the mean, a bar for the 95 % interval, a tick for chance, on an axis from 0 to 100 %."""
+    low, high = (100 * bound for bound in score.interval)
+    words = f"95 % interval {low:.1f} to {high:.1f}, chance {wording.percent(score.chance)}"
+    return (
+        f'<svg viewBox="-3 0 106 14" role="img" aria-label="{words}"><title>{words}</title>'
+        f'<path class="axis" d="M0 7 H100"/><path class="tick" d="M{100 * score.chance:.2f} 3.5 V10.5"/>'
+        f'<path class="bar" d="M{low:.2f} 7 H{high:.2f}"/><circle cx="{100 * score.mean:.2f}" cy="7" r="2.6"/></svg>'
+    )
+
+
+def _chance_cells(run: Run, task: str) -> str:
+    score = next(score for (_, of), score in run.scores.items() if of == task)
+    words = f"{len(score.classes)} classes; always the most frequent: {wording.percent(score.majority)}"
+    return f'<td class="num task">{wording.percent(score.chance)}</td><td colspan="2" class="aside">{words}</td>'
+
+
+def protocol(run: Run) -> str:
+    """SUPERB-like, not SUPERB: what is the same and what is not."""
+    settings = {task: next(s.params for (_, of), s in run.scores.items() if of == task) for task in run.tasks}
+    steps = sorted({values["steps"] for values in settings.values()})
+    rates = sorted({wording.rate(lr) for values in settings.values() for lr in values["lrs"]}, key=float)
+    seeds = max(len(values["seeds"]) for values in settings.values())
+    tests = [
+        f"{wording.count(next(s for (_, of), s in run.scores.items() if of == task).counts['test'])} ({TASKS[task].title.lower()})"
+        for task in run.tasks
+    ]
+    named = wording.listed([f"{TASKS[task].superb} for {TASKS[task].title.lower()}" for task in run.tasks])
+    same = (
+        f"Head and training follow SUPERB ({named}): a softmax-weighted sum of all layers of the frozen model, a linear "
+        "projection, the mean over frames, a linear classifier; Adam without a schedule, the best dev checkpoint, test looked "
+        "at once. The mean over frames is taken before the head, which is the same function because every part of it is linear."
+    )
+    differences = [
+        "<b>Data.</b> The corpora of this run and their splits, not the data sets of SUPERB unless the table below names them; "
+        "whole utterances without gain or crop, no silence or unknown class beyond what the corpus labels.",
+        f"<b>Learning rate.</b> Chosen per model and task on dev out of {', '.join(rates)}. SUPERB’s numbers are tuned too; "
+        "one fixed rate can cost ten points. A * marks a choice at the edge of the sweep.",
+        f"<b>Budget.</b> {' and '.join(wording.count(step) for step in steps)} updates a head instead of 200{wording.NARROW}000.",
+        f"<b>Seeds.</b> {wording.plural(seeds, 'seed')}, mean ± sample standard deviation; SUPERB reports one run.",
+        f"<b>Uncertainty.</b> Intervals are Wilson’s at 95 % for {' and '.join(tests)} test utterances taken as independent; "
+        "utterances of one speaker are not, so the truth is wider.",
+        "<b>Frames.</b> Exactly what the convolutions give, stored as in the table of stores; s3prl repeats or cuts frames to match "
+        "the duration.",
+    ]
+    return f"<p>{same}</p><ul>{''.join(f'<li>{item}</li>' for item in differences)}</ul>"
+
+
+def corpora(run: Run) -> str:
+    """Per corpus: how much, by whom, for what, and what could not be used."""
+    rows = []
+    for corpus in run.corpora:
+        splits = "".join(f'<td class="num">{wording.count(corpus.splits[split])}</td>' for split in SPLITS)
+        tasks = "".join(
+            f'<td class="num">{wording.count(corpus.tasks[task]) if task in corpus.tasks else wording.NONE}</td>'
+            for task in run.tasks
+        )
+        rows.append(
+            f'<tr><th scope="row">{escape(corpus.name)}</th><td class="num">{wording.count(corpus.utterances)}</td>'
+            f'<td class="num">{wording.hours(corpus.hours)}</td><td class="num">{wording.count(corpus.speakers)}</td>'
+            f'{splits}{tasks}<td class="num">{wording.count(corpus.quarantined)}</td></tr>'
+        )
+    heads = "".join(f'<th class="num">{head}</th>' for head in ("utterances", "speech", "speakers", *SPLITS))
+    labelled = "".join(f'<th class="num">in {task}</th>' for task in run.tasks)
+    return (
+        f'<table id="corpora"><thead><tr><th scope="col">Corpus</th>{heads}{labelled}<th class="num">quarantined</th></tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table>"
+    )
+
+
+def stores(run: Run) -> str:
+    """Per store: what it holds and what it weighs."""
+    rows = []
+    for store in run.stores:
+        layers = (
+            wording.NONE if not store.layers else _ranges([int(name.removeprefix("layer-")) for name in store.layers])
+        )
+        name = "waves" if store.purpose == "waveforms" else store.name
+        unit = "samples" if store.purpose == "waveforms" else "frames"
+        rows.append(
+            f'<tr><th scope="row">{escape(name)}</th><td>{store.purpose}</td><td class="num">{layers}</td>'
+            f'<td class="num">{store.width or wording.NONE}</td><td>{escape(store.codec)}</td>'
+            f'<td class="num">{wording.count(store.utterances)}</td><td class="num">{wording.count(store.rows)} {unit}</td>'
+            f'<td class="num">{wording.size(store.bytes)}</td><td class="num">{wording.count(store.shards)}</td>'
+            f"<td><code>{escape(store.key[:12])}</code></td></tr>"
+        )
+    return (
+        '<table id="stores"><thead><tr><th scope="col">Store</th><th>holds</th><th class="num">layers</th><th class="num">width</th>'
+        '<th>codec</th><th class="num">utterances</th><th class="num">rows</th><th class="num">on disk</th><th class="num">shards</th>'
+        f"<th>key</th></tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    )
+
+
+def _ranges(numbers: list[int]) -> str:
+    """0–4, 8."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
+
+
+def losses(run: Run) -> str:
+    """Per student: how long it trained and where it ended on dev."""
+    rows = []
+    for student in run.students:
+        dev = student.metrics.dev
+        figures = "".join(
+            f'<td class="num">{wording.NONE if dev.get(name) is None else f"{dev[name]:.4f}"}</td>'
+            for name in ("l1", "cosine", "total")
+        )
+        rows.append(
+            f'<tr><th scope="row">{escape(student.name)}</th><td class="num">{wording.count(student.metrics.steps)}</td>'
+            f'<td class="num">{wording.params(student.metrics.params["student"])}</td>'
+            f'<td class="num">{wording.params(student.metrics.params.get("heads"))}</td>{figures}</tr>'
+        )
+    return (
+        '<table id="students"><thead><tr><th scope="col">Student</th><th class="num">steps</th><th class="num">parameters</th>'
+        '<th class="num">in heads, dropped</th><th class="num">dev L1</th><th class="num">dev cosine</th>'
+        f'<th class="num">dev total</th></tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    )
+
+
+def settings(run: Run) -> str:
+    """Everything that was typed, as the products carry it."""
+    blocks = []
+    for student in run.students:
+        kept = {key: value for key, value in student.facts.items() if key not in ("format", "kind")}
+        blocks.append((f"student {student.name}", kept))
+    for task in run.tasks:
+        blocks.append((f"probe {task}", next(s.params for (_, of), s in run.scores.items() if of == task)))
+    return "".join(
+        f"<details><summary>{escape(title)}</summary><pre>{escape(_yaml(values))}</pre></details>"
+        for title, values in blocks
+    )
+
+
+def _yaml(values: dict[str, object]) -> str:
+    return yaml.safe_dump(values, sort_keys=False, default_flow_style=None, allow_unicode=True, width=100)

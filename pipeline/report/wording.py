@@ -1,0 +1,62 @@
+"""Numbers in, words out: one way to write a count, a size, a share and a learning rate, on every page and table."""
+
+NARROW = "\N{NARROW NO-BREAK SPACE}"  # groups of thousands and units (ISO 80000-1)
+NONE = "\N{EN DASH}"  # what is not there
+
+
+def count(number: int) -> str:
+    """2 412."""
+    return f"{number:,}".replace(",", NARROW)
+
+
+def params(number: int | None) -> str:
+    """Parameters, three significant figures: 23.5 M, 512 k."""
+    if not number:
+        return NONE
+    for scale, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= scale:
+            return f"{significant(number / scale)}{NARROW}{unit}"
+    return str(number)
+
+
+def size(number: int | None) -> str:
+    """Bytes in decimal units, three significant figures: 94.1 MB."""
+    if number is None:
+        return NONE
+    for scale, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if number >= scale:
+            return f"{significant(number / scale)}{NARROW}{unit}"
+    return f"{number}{NARROW}B"
+
+
+def hours(number: float) -> str:
+    """0.84 h, 960 h; under six minutes in minutes, because 0.01 h tells nothing."""
+    return f"{significant(number)}{NARROW}h" if number >= 0.1 else f"{significant(number * 60)}{NARROW}min"
+
+
+def significant(number: float) -> str:
+    """Three significant figures without an exponent: 1.87, 23.5, 265, 1 240."""
+    if number >= 1000:
+        return count(round(number))
+    decimals = 0 if number >= 99.95 else 1 if number >= 9.995 else 2
+    return f"{number:.{decimals}f}"
+
+
+def percent(share: float) -> str:
+    """A share as a number of per cent, one decimal; the unit stands in the head of the table."""
+    return f"{100 * share:.1f}"
+
+
+def rate(number: float) -> str:
+    """A learning rate as people type it: 0.01, 1e-4."""
+    return f"{number:g}" if 1e-3 <= number < 1e3 else f"{number:.0e}".replace("e-0", "e-").replace("e+0", "e")
+
+
+def plural(number: int, one: str, many: str | None = None) -> str:
+    """1 student, 2 students."""
+    return f"{count(number)} {one if number == 1 else many or one + 's'}"
+
+
+def listed(names: list[str]) -> str:
+    """a, b and c."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
