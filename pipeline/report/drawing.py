@@ -10,9 +10,9 @@ from typing import NamedTuple
 from pipeline.report import wording
 from pipeline.report.gather import Run
 
-STEP, LEFT, LINE = 160, 10, 104
+STEP, LEFT, LINE = 141, 8, 104
 """Distance of stations, x of the first, y of the line they stand on."""
-WIDTH, HEIGHT = LEFT + 7 * STEP, 236
+WIDTH, HEIGHT = LEFT + 7 * STEP, LINE + 124
 WIDEST = 23
 """Characters of a detail that fit between two stations."""
 
@@ -47,11 +47,11 @@ def stations(run: Run) -> list[Station]:
         ),
         Station(
             "teacher",
-            str(len(teachers)),
+            wording.plural(len(teachers), "teacher"),
             [
                 *_some(teachers),
                 *([f"{wording.params(max(m.num_params or 0 for m in probed))} parameters"] if probed else []),
-                "run once, then deleted",
+                "run once",
             ],
         ),
         Station(
@@ -66,11 +66,11 @@ def stations(run: Run) -> list[Station]:
         Station(
             "targets",
             wording.plural(len(run.students), "set"),
-            ["exactly the arrays", "a student reads,", "by digest"],
+            ["the arrays a student", "reads, by digest"],
         ),
         Station(
             "student",
-            str(len(run.students)),
+            wording.plural(len(run.students), "student"),
             _some([f"{s.name}, {wording.params(s.metrics.params['student'])}" for s in run.students]),
         ),
         Station(
@@ -103,7 +103,7 @@ def pipeline_svg(run: Run) -> str:
         parts.append(f'<circle class="station{" ours" if number == 4 else ""}" cx="{x}" cy="{LINE}" r="4.5"/>')
         parts.append(f'<text class="stage" x="{x - 4}" y="{LINE + 32}">{station.name}</text>')
         parts.append(f'<text class="figure" x="{x - 4}" y="{LINE + 60}">{escape(station.figure)}</text>')
-        for line, detail in enumerate(station.details[:4]):
+        for line, detail in enumerate(station.details[:3]):
             parts.append(f'<text class="detail" x="{x - 4}" y="{LINE + 82 + 17 * line}">{escape(_fit(detail))}</text>')
     return "\n".join([*parts, "</svg>"])
 

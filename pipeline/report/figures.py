@@ -40,7 +40,8 @@ WIDTH = 9.6  # inches; the page is ten wide
 
 
 def curves(students: Sequence[Student]) -> Figure:
-    """Small multiples, one student each: the loss of every step in grey, its running mean in ink, dev in wine."""
+    """Small multiples, one trained student each: every step pale, the running mean in grey, dev in wine."""
+    students = [student for student in students if student.curve] or list(students)[:1]
     columns = min(3, len(students))
     rows = ceil(len(students) / columns)
     with matplotlib.rc_context(LOOK):
@@ -60,6 +61,7 @@ def _curve(axis: Axes, student: Student) -> None:
         axis.text(0.5, 0.5, "not trained", transform=axis.transAxes, ha="center", va="center", color=MUTED)
         axis.set_xticks([])
         axis.set_yticks([])
+        axis.spines[:].set_visible(False)
         return
     steps = [point.step for point in student.curve]
     axis.plot(steps, [point.train for point in student.curve], color=HAIRLINE, linewidth=0.7)
@@ -67,24 +69,22 @@ def _curve(axis: Axes, student: Student) -> None:
     dev = [(point.step, point.dev) for point in student.curve if point.dev is not None]
     axis.plot(*zip(*dev, strict=True), color=ACCENT, linewidth=1.6, marker="o", markersize=2.6) if dev else None
     axis.set_xlabel("step")
-    axis.set_xlim(0, steps[-1] * 1.12)
+    axis.set_xlim(0, steps[-1] * 1.03)
     # the first steps of a fresh head tower over everything after them: show the band that training moves in
     settled = sorted(point.train for point in student.curve[len(student.curve) // 50 :]) + [loss for _, loss in dev]
     low, high = min(settled), max(_quantile(settled, 0.99), *(loss for _, loss in dev), min(settled) + 1e-6)
     axis.set_ylim(low - 0.08 * (high - low), high + 0.12 * (high - low))
-    last_train = _running_mean(student.curve)[-1]
-    above = not dev or last_train >= dev[-1][1]
-    ends = [("train", last_train, MUTED, above), *((("dev", dev[-1][1], ACCENT, not above),) if dev else ())]
-    for label, value, colour, up in ends:
-        axis.annotate(
+    ends = [("dev", dev[-1][1], ACCENT, 0)] if dev else []
+    for label, value, colour, left in [*ends, ("train", _running_mean(student.curve)[-1], MUTED, 62 if dev else 0)]:
+        axis.annotate(  # on the line of the title, where no curve can run through it
             f"{label} {value:.3f}",
-            (steps[-1], value),
-            xytext=(4, 5 if up else -5),
+            (1, 1),
+            xycoords="axes fraction",
+            xytext=(-left, 6),
             textcoords="offset points",
-            va="bottom" if up else "top",
             ha="right",
             color=colour,
-            fontsize=8,
+            fontsize=8.5,
             fontweight="bold" if label == "dev" else "normal",
         )
 
@@ -109,7 +109,7 @@ def layer_weights(run: Run) -> Figure:
     Models of one layer have nothing to weigh and are left out; their line would read 1.00.
     """
     names = [model.name for model in run.models if model.num_layers > 1]
-    deepest = max((model.num_layers for model in run.models), default=1)
+    deepest = max(len(score.layer_weights) for score in run.scores.values())
     with matplotlib.rc_context(LOOK):
         figure = Figure(figsize=(WIDTH, 0.9 + 0.34 * max(1, len(names))), layout="constrained")
         axes = figure.subplots(1, len(run.tasks), squeeze=False, sharey=True)[0]
@@ -146,7 +146,7 @@ def layer_weights(run: Run) -> Figure:
                         )
             axis.set_xlim(-0.5, deepest - 0.5)
             axis.set_ylim(max(1, len(names)) - 0.5, -0.5)
-            axis.set_xticks(range(deepest))
+            axis.set_xticks(range(0, deepest, 1 if deepest <= 14 else 4))
             axis.set_yticks(range(len(names)), names, color=INK)
             axis.set_xlabel("layer (0 is the input of the first block)")
             if not names:
@@ -171,7 +171,7 @@ def svg(figure: Figure, name: str, description: str) -> str:
     markup = markup[markup.index("<svg") :]
     markup = re.sub(r"<metadata>.*?</metadata>", "", markup, flags=re.DOTALL)
     markup = re.sub(r"'DejaVu Sans'(, [^;\"]*)?", "var(--sans)", markup)
-    markup = re.sub(r'\bid="', f'id="{name}-', markup)
+    markup = re.sub(r'\bid="(matplotlib\.)?', f'id="{name}-', markup)
     markup = re.sub(r'(url\(|href=")#', rf"\1#{name}-", markup)
     markup = re.sub(r'<svg ([^>]*?)width="[^"]*" ?', r"<svg \1", markup, count=1)
     markup = re.sub(r'<svg ([^>]*?)height="[^"]*" ?', r"<svg \1", markup, count=1)

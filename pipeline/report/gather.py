@@ -170,9 +170,13 @@ def gather(
     read: Manifest = read_manifest(manifest)
     of_teachers = {
         path.stem: receipt
-        for path in _files(receipts, "*.json", "receipt of a teacher's store", "extract")
-        if path.resolve() != waves.resolve() and (receipt := _parsed(path, ReceiptFile)).kind == "features"
+        for path in sorted(receipts.glob("*.json"))
+        if not path.name.startswith(".") and (receipt := _parsed(path, ReceiptFile)).kind == "features"
     }
+    if not of_teachers:
+        raise StoreError(
+            f"{receipts} holds no receipt of a teacher; run `decant extract` (or `dvc repro`) before the report"
+        )
     of_models = {p.stem: _parsed(p, ReceiptFile) for p in _files(features, "*.json", "receipt of features", "extract")}
     students = tuple(
         _student(path.parent) for path in _files(models, "*/shape.json", "student (NAME/shape.json)", "distill")

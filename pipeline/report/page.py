@@ -26,8 +26,9 @@ def html(run: Run) -> str:
             "Probes",
             f'<div class="scroll">{sections.results(run)}</div>',
             '<p class="note" style="margin-top:18px">Test accuracy in per cent, mean ± standard deviation over seeds; '
-            "the best of a task in bold. "
-            "Dot and bar: mean and 95 % interval; tick: chance. Weights: float32, for students the file itself.</p>",
+            "the best of a task in bold. Dot and bar: mean and 95 % interval; tick: chance. Layers are counted with layer 0, "
+            "the input of the first block. Weights: four bytes a parameter, for students the file itself. "
+            "lr: the learning rate chosen on dev.</p>",
         ),
         _section("SUPERB-like, not SUPERB", sections.protocol(run)),
         _section(
@@ -38,7 +39,8 @@ def html(run: Run) -> str:
         _section(
             "Distillation",
             f'<figure class="scroll">{curves}<figcaption>Total loss (L1 and cosine). Pale: every step; grey: running mean; '
-            "wine: dev. The vertical range leaves out the first steps.</figcaption></figure>",
+            "wine: dev. The vertical range leaves out the first steps; the heads are dropped after distillation."
+            "</figcaption></figure>",
             f'<div class="scroll" style="margin-top:28px">{sections.losses(run)}</div>',
         ),
         _section("Corpora", f'<div class="scroll">{sections.corpora(run)}</div>'),

@@ -15,7 +15,9 @@ GROUPS = {"teacher": "Teachers", "student": "Students", "baseline": "Baseline"}
 def standfirst(run: Run) -> str:
     """One sentence that says what this run is."""
     groups = [
-        wording.plural(len(run.of_role(role)), role) for role in ("teacher", "student", "baseline") if run.of_role(role)
+        wording.spelled(len(run.of_role(role)), role)
+        for role in ("teacher", "student", "baseline")
+        if run.of_role(role)
     ]
     tasks = wording.listed([TASKS[task].title.lower() for task in run.tasks])
     hours = wording.hours(sum(corpus.hours for corpus in run.corpora))
@@ -77,7 +79,7 @@ def _ranked(run: Run, task: str, models: list[Model]) -> list[tuple[Model, Score
 def results(run: Run) -> str:
     """Models by tasks: accuracy with its spread over seeds, its 95 % interval as a picture, the learning rate."""
     heads = "".join(f'<th colspan="3" class="task" scope="colgroup">{TASKS[task].title}</th>' for task in run.tasks)
-    under = '<th class="num task">accuracy, %</th><th class="plot">0<i>100</i></th><th class="num">lr</th>' * len(
+    under = '<th class="num task">accuracy, %</th><th class="plot">0<i>100</i></th><th class="num lr">lr</th>' * len(
         run.tasks
     )
     rows = []
@@ -97,8 +99,7 @@ def results(run: Run) -> str:
                 f'<td class="num">{wording.params(model.num_params)}</td>'
                 f'<td class="num">{wording.size(model.weight_bytes)}</td>{cells}</tr>'
             )
-    chance = "".join(_chance_cells(run, task) for task in run.tasks)
-    rows.append(f'<tr class="chance"><th scope="row">Chance</th><td></td><td></td><td></td>{chance}</tr>')
+    rows += [_floor(run, "Chance", "chance"), _floor(run, "Most frequent class", "majority")]
     return (
         '<table class="results" id="probes"><thead>'
         f"<tr><th></th><th></th><th></th><th></th>{heads}</tr>"
@@ -128,14 +129,19 @@ def _interval(score: ScoreFile) -> str:
     return (
         f'<svg viewBox="-3 0 106 14" role="img" aria-label="{words}"><title>{words}</title>'
         f'<path class="axis" d="M0 7 H100"/><path class="tick" d="M{100 * score.chance:.2f} 3.5 V10.5"/>'
-        f'<path class="bar" d="M{low:.2f} 7 H{high:.2f}"/><circle cx="{100 * score.mean:.2f}" cy="7" r="2.6"/></svg>'
+        f'<path class="bar" d="M{low:.2f} 7 H{high:.2f}"/><circle cx="{100 * score.mean:.2f}" cy="7" r="2"/></svg>'
     )
 
 
-def _chance_cells(run: Run, task: str) -> str:
-    score = next(score for (_, of), score in run.scores.items() if of == task)
-    words = f"{len(score.classes)} classes; always the most frequent: {wording.percent(score.majority)}"
-    return f'<td class="num task">{wording.percent(score.chance)}</td><td colspan="2" class="aside">{words}</td>'
+def _floor(run: Run, title: str, field: str) -> str:
+    """A row of what can be had without listening."""
+    cells = ""
+    for task in run.tasks:
+        score = next(score for (_, of), score in run.scores.items() if of == task)
+        aside = f"{len(score.classes)} classes" if field == "chance" else ""
+        figure = wording.percent(getattr(score, field))
+        cells += f'<td class="num task">{figure}<span class="sd"></span></td><td colspan="2" class="aside">{aside}</td>'
+    return f'<tr class="floor {field}"><th scope="row">{title}</th><td></td><td></td><td></td>{cells}</tr>'
 
 
 def protocol(run: Run) -> str:
@@ -151,8 +157,9 @@ def protocol(run: Run) -> str:
     named = wording.listed([f"{TASKS[task].superb} for {TASKS[task].title.lower()}" for task in run.tasks])
     same = (
         f"Head and training follow SUPERB ({named}): a softmax-weighted sum of all layers of the frozen model, a linear "
-        "projection, the mean over frames, a linear classifier; Adam without a schedule, the best dev checkpoint, test looked "
-        "at once. The mean over frames is taken before the head, which is the same function because every part of it is linear."
+        "projection, the mean over frames, a linear classifier; Adam without a schedule, the best dev checkpoint, the test "
+        "split looked at once. The mean over frames is taken before the head, which "
+        "is the same function because every part of it is linear."
     )
     differences = [
         "<b>Data.</b> The corpora of this run and their splits, not the data sets of SUPERB unless the table below names them; "
@@ -241,7 +248,7 @@ def losses(run: Run) -> str:
         )
     return (
         '<table id="students"><thead><tr><th scope="col">Student</th><th class="num">steps</th><th class="num">parameters</th>'
-        '<th class="num">in heads, dropped</th><th class="num">dev L1</th><th class="num">dev cosine</th>'
+        '<th class="num">of its heads</th><th class="num">dev L1</th><th class="num">dev cosine</th>'
         f'<th class="num">dev total</th></tr></thead><tbody>{"".join(rows)}</tbody></table>'
     )
 

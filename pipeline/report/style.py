@@ -54,9 +54,10 @@ tbody tr + tr > * { border-top: 1px solid var(--hair); }
 .results .plot svg { display: block; width: 120px; height: 16px; position: relative; top: 3px; }
 .axis { stroke: var(--hair); stroke-width: 1; } .tick { stroke: var(--muted); stroke-width: 1; }
 .bar { stroke: var(--wine); stroke-width: 1.6; } .plot circle { fill: var(--wine); }
-.lr { color: var(--muted); } .lr abbr { text-decoration: none; margin-right: -0.5em; }
-.results .chance > * { color: var(--muted); border-top: 1px solid var(--ink) !important; font-weight: 400 !important; }
-.results .chance .task { padding-right: calc(3.6em); }
+.results .num.lr { color: var(--muted); padding-right: 0.6em; } .lr abbr { text-decoration: none; margin-right: -0.45em; }
+.results .floor > * { color: var(--muted); font-weight: 400 !important; }
+.results .chance > * { border-top: 1px solid var(--ink) !important; }
+.results .majority > * { border-top: 0; padding-top: 0; }
 .aside { font-size: 12.5px; padding-left: 12px; }
 .tag { font: 12px var(--sans); color: var(--muted); font-weight: 400; margin-left: 0.35em; }
 code, pre { font: 12.5px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
@@ -76,6 +77,7 @@ figcaption { font: 13px/1.45 var(--sans); color: var(--muted); margin-top: 12px;
   fill: var(--wine); stroke: var(--wine); }
 details { border-top: 1px solid var(--hair); } details:last-child { border-bottom: 1px solid var(--hair); }
 summary { font: 14px/1.3 var(--sans); padding: 10px 0; cursor: pointer; }
+summary::marker { color: var(--wine); font-size: 0.8em; }
 pre { margin: 0 0 16px; padding: 16px 18px; background: var(--wash); overflow-x: auto; }
 @media (max-width: 860px) { main { padding: 40px 20px; } .headline { grid-template-columns: 1fr 1fr; gap: 28px 24px;
   } ul { columns: 1; } h1 { font-size: 36px; } }

@@ -30,8 +30,8 @@ def size(number: int | None) -> str:
 
 
 def hours(number: float) -> str:
-    """0.84 h, 960 h; under six minutes in minutes, because 0.01 h tells nothing."""
-    return f"{significant(number)}{NARROW}h" if number >= 0.1 else f"{significant(number * 60)}{NARROW}min"
+    """17.5 min, 1.24 h, 960 h."""
+    return f"{significant(number)}{NARROW}h" if number >= 1 else f"{significant(number * 60)}{NARROW}min"
 
 
 def significant(number: float) -> str:
@@ -48,8 +48,20 @@ def percent(share: float) -> str:
 
 
 def rate(number: float) -> str:
-    """A learning rate as people type it: 0.01, 1e-4."""
-    return f"{number:g}" if 1e-3 <= number < 1e3 else f"{number:.0e}".replace("e-0", "e-").replace("e+0", "e")
+    """A learning rate as people type it: 0.01, 1e-5."""
+    return f"{number:g}" if 1e-4 <= number < 1e3 else f"{number:.0e}".replace("e-0", "e-").replace("e+0", "e")
+
+
+SPELLED = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+
+
+def spelled(number: int, one: str, many: str | None = None) -> str:
+    """One student, two students, 13 students: for running text."""
+    return (
+        plural(number, one, many)
+        if number >= len(SPELLED)
+        else f"{SPELLED[number]} {one if number == 1 else many or one + 's'}"
+    )
 
 
 def plural(number: int, one: str, many: str | None = None) -> str:

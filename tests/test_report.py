@@ -1,0 +1,435 @@
+"""The report over a small made-up run: whole, right, the same bytes each time, and legible to a browser."""
+
+import csv
+import hashlib
+import json
+import math
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from cache.errors import DataError, DecantError, StoreError
+from cache.manifest import Manifest, Utterance, write_manifest
+from cache.publish import read_json, write_json
+from pipeline.report import drawing, figures, page, sections, tables, wording
+from pipeline.report.gather import Run, gather
+from stages.report import main
+
+WORDS = ("down", "go", "left", "no", "off", "on", "right", "stop", "up", "yes")
+PROBE = {
+    "head_width": 256,
+    "normalise_layers": False,
+    "lrs": [0.0001, 0.001, 0.01, 0.1],
+    "seeds": [0, 1, 2],
+    "steps": 600,
+    "batch": 32,
+    "class_balanced": True,
+    "clip_norm": 1.0,
+    "validate_every": 50,
+    "patience": None,
+}
+MODELS = {  # kind, layers, width, parameters, accuracy on kws and sid
+    "hubert": ("hubert", 6, 192, 2_513_408, 0.9312, 0.8742),
+    "distil": ("student", 3, 192, 1_212_960, 0.8875, 0.8283),
+    "small": ("student", 3, 96, 412_300, 0.8421, 0.7642),
+    "untrained": ("student", 3, 192, 1_212_960, 0.6104, 0.5921),
+    "log-mel": ("log-mel", 1, 80, 0, 0.5833, 0.4983),
+}
+
+
+def utterance(number: int) -> Utterance:
+    split = ("train", "train", "train", "dev", "test")[number % 5]
+    return Utterance(
+        id=f"espeak/{number:04d}",
+        corpus="espeak",
+        path=f"{number}.wav",
+        samples=16_000 + 40 * number,
+        rate_hz=22_050,
+        file_samples=1,
+        file_bytes=1,
+        audio="0" * 32,
+        split=split,
+        tasks={"kws": split, "sid": split} if number % 2 else {"sid": split},
+        speaker=f"spk{number % 36:02d}",
+        keyword=WORDS[number % 10],
+    )
+
+
+def receipt(kind: str, model: dict, layers: list[str], width: int | None, codec: str) -> dict:
+    value_bytes = {"float16": 2, "int16": 2}[codec]
+    rows = 204_812 if kind == "features" else 66_101_344
+    shards = [[rows * (width or 1) * value_bytes // 4, f"{n:032x}"] for n in range(4)]
+    return {
+        "format": 1,
+        "kind": kind,
+        "key": hashlib.sha256(f"{kind} {model}".encode()).hexdigest()[:20],
+        "fingerprint": {"model": model, "codec": codec} if model else {},
+        "arrays": {name: {"width": width, "codec": codec, "digest": "0" * 64, "shards": shards} for name in layers},
+        "utterances": 600,
+        "rows": rows,
+    }
+
+
+def write_curve(path: Path, steps: int, floor: float) -> None:
+    lines = ["step,lr,l1,cosine,total,grad_norm,dev_l1,dev_cosine,dev_total"]
+    for step in range(1, steps + 1):
+        loss = floor + 0.5 * math.exp(-step / (steps / 6)) + 0.02 * math.sin(step * 1.7) + 1.2 * math.exp(-step / 6)
+        dev = f"{loss * 0.6:.5f},{loss * 0.4:.5f},{floor + 0.01 + 0.5 * math.exp(-step / (steps / 6)):.5f}"
+        lines.append(f"{step},0.001,{loss * 0.6:.5f},{loss * 0.4:.5f},{loss:.5f},1.0,{dev if step % 50 == 0 else ',,'}")
+    path.write_text("\n".join(lines) + "\n")
+
+
+def write_score(run: Path, model: str, task: str, mean: float) -> None:
+    kind, layers, width, num_params, *_ = MODELS[model]
+    weights = [math.exp(-abs(layer - 0.6 * layers) * (1.2 if task == "kws" else 0.5)) for layer in range(layers)]
+    described = read_json(run / "features" / f"{model}.json")
+    write_json(
+        run / "reports" / "probe" / f"{model}-{task}.json",
+        {
+            "format": 1,
+            "model": model,
+            "task": task,
+            "description": {"kind": kind, "width": width, "num_params": num_params, "store": described["key"]},
+            "metric": "accuracy",
+            "mean": mean,
+            "sd": 0.0061,
+            "interval": [mean - 0.031, min(1.0, mean + 0.027)],
+            "chance": 0.1 if task == "kws" else 1 / 36,
+            "majority": 0.1 if task == "kws" else 0.0333,
+            "lr": 0.01 if task == "kws" else 0.1,
+            "lr_at_edge": task == "sid",
+            "layers": [f"layer-{layer:02d}" for layer in range(layers)],
+            "layer_weights": [weight / sum(weights) for weight in weights],
+            "classes": list(WORDS) if task == "kws" else [f"spk{n:02d}" for n in range(36)],
+            "counts": {"train": 1240, "dev": 240, "test": 480},
+            "params": PROBE,
+        },
+    )
+
+
+def write_run(run: Path) -> dict[str, Path]:
+    """A run as the stages leave it: one teacher, three students (one untrained), a log-mel baseline, two tasks."""
+    write_manifest(run / "data" / "manifest.jsonl", Manifest(tuple(utterance(number) for number in range(600))))
+    (run / "data" / "quarantine.jsonl").write_text('{"id": "espeak/9999", "path": "9999.wav", "reason": "empty"}\n')
+    write_json(run / "receipts" / "waves.json", receipt("waves", {}, ["wave"], None, "int16"))
+    for name, (kind, layers, width, num_params, kws, sid) in MODELS.items():
+        model = {"kind": kind, "digest": name, "num_params": num_params, "width": width, "layers": layers}
+        names = [f"layer-{layer:02d}" for layer in range(layers)]
+        write_json(run / "features" / f"{name}.json", receipt("features", model, names, width, "float16"))
+        if kind == "hubert":
+            write_json(run / "receipts" / f"{name}.json", receipt("features", model, names[1::2], width, "float16"))
+        if kind == "student":
+            folder = run / "models" / name
+            folder.mkdir(parents=True)
+            steps = 0 if name == "untrained" else 1200
+            write_curve(folder / "curves.csv", steps, 0.62 if name == "distil" else 0.71)
+            settings = {"init": {"kind": "adopted"}, "train": {"steps": steps, "lr": 0.001, "batch_seconds": 60}}
+            shape = {"width": width, "heads": [4, 4], "ffn": [768, 768]}
+            write_json(folder / "shape.json", {"format": 1, "kind": "student", "shape": shape, "settings": settings})
+            dev = {"l1": 0.3812, "cosine": 0.2466, "total": 0.6278}
+            params = {"student": num_params, "heads": 296_640}
+            write_json(folder / "metrics.json", {"steps": steps, "dev": dev, "params": params})
+            (folder / "weights.safetensors").write_bytes(bytes(4 * num_params + 4000))
+        write_score(run, name, "kws", kws)
+        write_score(run, name, "sid", sid)
+    return {
+        "manifest": run / "data" / "manifest.jsonl",
+        "quarantine": run / "data" / "quarantine.jsonl",
+        "waves": run / "receipts" / "waves.json",
+        "receipts": run / "receipts",
+        "features": run / "features",
+        "models": run / "models",
+        "probes": run / "reports" / "probe",
+    }
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory) -> dict[str, Path]:
+    return write_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def run(paths) -> Run:
+    return gather(**paths)
+
+
+@pytest.fixture
+def own(paths, tmp_path) -> dict[str, Path]:
+    """A copy that a test may break."""
+    home = paths["models"].parent
+    shutil.copytree(home, tmp_path / "run")
+    return {name: tmp_path / "run" / path.relative_to(home) for name, path in paths.items()}
+
+
+def test_every_product_is_there_and_the_same_bytes_each_time(paths, tmp_path, capsys):
+    for out in ("one", "two"):
+        main(**paths, out=tmp_path / out, readme=None)
+    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert names == ["curves.png", "index.html", "layer-weights.png", "metrics.json", "scores.csv"]
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+    assert "report: 10 scores of 5 models" in capsys.readouterr().out
+
+
+def test_the_page_asks_for_nothing_and_tells_nothing_of_the_machine(run, paths):
+    text = page.html(run)
+    outside = set(re.findall(r"""(?:https?:)?//[^"' )<>]+""", text)) - {
+        "http://www.w3.org/2000/svg",  # names, not requests
+        "http://www.w3.org/1999/xlink",
+    }
+    assert not outside
+    assert "<script" not in text
+    assert "@import" not in text
+    assert str(paths["models"].parent) not in text
+    assert not re.search(r"20\d\d-\d\d-\d\d|matplotlib", text), "a date or a version would change from run to run"
+
+
+class Tags(HTMLParser):
+    """Collects ids and complains about tags that do not close."""
+
+    VOID = frozenset({"meta", "br", "link", "img", "path", "circle", "use"})
+
+    def __init__(self):
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.ids += [value for name, value in attrs if name == "id"]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.ids += [value for name, value in attrs if name == "id"]
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def test_the_markup_closes_what_it_opens_and_no_id_is_used_twice(run):
+    tags = Tags()
+    tags.feed(page.html(run))
+    assert tags.open == []
+    assert len(set(tags.ids)) == len(tags.ids)
+    assert {"probes", "corpora", "stores", "students"} <= set(tags.ids)
+
+
+def test_names_from_outside_are_text_and_never_markup(own):
+    evil = "<script>alert(1)</script>"
+    manifest = own["manifest"].read_text().replace('"corpus": "espeak"', f'"corpus": {json.dumps(evil)}')
+    own["manifest"].write_text(manifest)
+    text = page.html(gather(**own))
+    assert evil not in text
+    assert "&lt;script&gt;" in text
+
+
+def test_the_csv_holds_every_score_unrounded(run):
+    rows = list(csv.DictReader(tables.scores_csv(run).splitlines()))
+    assert len(rows) == 10
+    row = next(row for row in rows if (row["model"], row["task"]) == ("distil", "sid"))
+    assert (float(row["mean"]), row["role"], int(row["num_params"])) == (0.8283, "student", 1_212_960)
+    assert (row["lr"], row["lr_at_edge"], row["test"], row["classes"]) == ("0.1", "True", "480", "36")
+
+
+def test_the_metrics_for_dvc_are_numbers_by_task_and_model(run):
+    found = tables.metrics(run)
+    assert found["scores"]["kws"] == {name: model[4] for name, model in MODELS.items()}
+    assert found["students"]["distil"]["total"] == 0.6278
+    assert found["quarantined"] == 1
+
+
+def test_counts_are_those_of_the_manifest_and_the_receipts(run):
+    (corpus,) = run.corpora
+    assert (corpus.utterances, corpus.speakers, corpus.quarantined) == (600, 36, 1)
+    assert corpus.splits == {"train": 360, "dev": 120, "test": 120}
+    assert corpus.tasks == {"kws": 300, "sid": 600}
+    assert corpus.hours == pytest.approx(sum(16_000 + 40 * n for n in range(600)) / 16_000 / 3600)
+    kept = next(store for store in run.stores if store.purpose == "targets")
+    assert (kept.layers, kept.shards, kept.bytes) == (("layer-01", "layer-03", "layer-05"), 12, 3 * 204_812 * 192 * 2)
+
+
+def test_models_stand_in_groups_with_the_larger_first_and_the_untrained_last(run):
+    assert [model.name for model in run.models] == ["hubert", "distil", "small", "untrained", "log-mel"]
+    assert [model.role for model in run.models] == ["teacher", "student", "student", "student", "baseline"]
+    sizes = {model.name: model.weight_bytes for model in run.models}
+    assert sizes == {
+        "hubert": 4 * 2_513_408,
+        "distil": 4 * 1_212_960 + 4000,
+        "small": 4 * 412_300 + 4000,
+        "untrained": 4 * 1_212_960 + 4000,
+        "log-mel": None,
+    }
+
+
+def test_the_best_of_each_task_and_only_it_is_bold(run):
+    table = sections.results(run)
+    assert re.findall(r"<b>([\d.]+)</b>", table) == ["93.1", "87.4"]
+    assert tables.markdown(run).count("**") == 4
+
+
+def test_the_headline_compares_the_best_student_with_its_teacher(run):
+    text = re.sub(r"<[^>]+>", " ", sections.headline(run))
+    assert "6.1×" in text
+    assert "distil, the best student; hubert 93.1, log-mel 58.3, chance 10.0" in text
+
+
+def test_the_drawing_carries_the_counts_of_this_run(run):
+    drawn = {station.name: station for station in drawing.stations(run)}
+    assert list(drawn) == ["corpus", "teacher", "store", "targets", "student", "probe", "report"]
+    assert drawn["probe"].figure == "10 scores"
+    assert drawn["store"].details[0] == "3 layers, float16"
+
+
+def test_a_probe_that_was_not_run_leaves_a_dash(own):
+    (own["probes"] / "small-sid.json").unlink()
+    run = gather(**own)
+    row = next(line for line in tables.markdown(run).splitlines() if line.startswith("| small"))
+    assert row.endswith("| – |")
+    assert len(tables.scores_csv(run).splitlines()) == 1 + 9
+    assert page.html(run)
+
+
+def test_many_models_and_deep_ones_still_make_a_page(own):
+    for number in range(12):
+        write_json(own["features"] / f"m{number}.json", read_json(own["features"] / "hubert.json"))
+        score = read_json(own["probes"] / "hubert-kws.json")
+        layers = [f"layer-{layer:02d}" for layer in range(25)]
+        score |= {"model": f"m{number}", "layers": layers, "layer_weights": [1 / 25] * 25}
+        write_json(own["probes"] / f"m{number}-kws.json", score)
+    run = gather(**own)
+    assert len(run.models) == 17
+    assert page.html(run)
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ("probes", r"probe holds no score; run `decant probe`"),
+        ("features", r"features holds no receipt of features; run `decant extract`"),
+        ("models", r"models holds no student .* run `decant distill`"),
+        ("receipts", r"receipts holds no receipt of a teacher; run `decant extract`"),
+        ("waves", r"waves.json does not exist"),
+        ("quarantine", r"quarantine.jsonl does not exist; `decant prepare` writes it"),
+        ("manifest", r"manifest.jsonl does not exist; write it with `decant prepare`"),
+    ],
+)
+def test_an_input_that_is_missing_is_refused_by_name_with_the_stage_that_writes_it(own, broken, message):
+    path = own[broken]
+    if path.is_dir():
+        shutil.rmtree(path)
+        if broken == "receipts":
+            write_json(own["waves"], receipt("waves", {}, ["wave"], None, "int16"))
+    else:
+        path.unlink()
+    with pytest.raises(DecantError, match=message):
+        gather(**own)
+
+
+def test_a_score_of_other_features_is_refused(own):
+    score = read_json(own["probes"] / "distil-kws.json")
+    score["description"]["store"] = "0123456789"
+    write_json(own["probes"] / "distil-kws.json", score)
+    with pytest.raises(StoreError, match=r"made from features 0123456789 .* run `decant probe distil kws` again"):
+        gather(**own)
+
+
+def test_a_score_of_a_model_without_features_is_refused(own):
+    (own["features"] / "small.json").unlink()
+    with pytest.raises(StoreError, match="a score of 'small', which has no receipt"):
+        gather(**own)
+
+
+def test_a_product_that_does_not_read_is_refused_with_its_field(own):
+    score = read_json(own["probes"] / "distil-kws.json")
+    del score["mean"]
+    write_json(own["probes"] / "distil-kws.json", score)
+    with pytest.raises(StoreError, match=r"distil-kws.json: mean: field required"):
+        gather(**own)
+
+
+def test_a_curve_that_does_not_read_is_refused(own):
+    (own["models"] / "small" / "curves.csv").write_text("step,total\n1,abc\n")
+    with pytest.raises(
+        StoreError, match=r"small/curves.csv is not a training curve .* run `decant distill small` again"
+    ):
+        gather(**own)
+
+
+def test_the_table_goes_between_the_marks_of_a_readme_and_nowhere_else(paths, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_bytes(b"# Title\r\n\n<!-- results:begin -->\nold\n<!-- results:end -->\ntail, no newline")
+    for _ in range(2):  # doing it again changes nothing
+        main(**paths, out=tmp_path / "reports", readme=readme)
+        text = readme.read_bytes().decode()
+        assert text.startswith("# Title\r\n\n<!-- results:begin -->\n| model |")
+        assert text.endswith("<!-- results:end -->\ntail, no newline")
+        assert "old" not in text
+        assert text.count("| distil (student) |") == 1
+
+
+@pytest.mark.parametrize("text", ["no marks", "<!-- results:end --> <!-- results:begin -->", "<!-- results:begin -->"])
+def test_a_readme_without_its_marks_is_left_alone(run, tmp_path, text):
+    readme = tmp_path / "README.md"
+    readme.write_text(text)
+    with pytest.raises(DataError, match="must have one line"):
+        tables.splice(readme, tables.markdown(run))
+    assert readme.read_text() == text
+
+
+def test_a_run_of_untrained_students_alone_still_draws_its_curves(run):
+    untrained = [student for student in run.students if not student.curve]
+    assert figures.png(figures.curves(untrained)).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("written", "want"),
+    [
+        (wording.count(66_101_344), "66 101 344"),
+        (wording.params(23_491_200), "23.5 M"),
+        (wording.params(412_300), "412 k"),
+        (wording.params(999), "999"),
+        (wording.params(None), "–"),
+        (wording.size(265_000_000_000), "265 GB"),
+        (wording.size(0), "0 B"),
+        (wording.hours(960.0), "960 h"),
+        (wording.hours(0.29), "17.4 min"),
+        (wording.significant(99.96), "100"),
+        (wording.significant(9.996), "10.0"),
+        (wording.percent(0.88754), "88.8"),
+        (wording.rate(1e-5), "1e-5"),
+        (wording.rate(0.0001), "0.0001"),
+        (wording.plural(1, "shard"), "1 shard"),
+        (wording.spelled(3, "student"), "three students"),
+        (wording.spelled(13, "student"), "13 students"),
+        (wording.listed(["a", "b", "c"]), "a, b and c"),
+    ],
+)
+def test_numbers_are_written_one_way(written, want):
+    assert written.replace(wording.NARROW, " ") == want
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: the page is not opened")
+def test_a_browser_finds_the_table_and_has_nothing_to_complain_about(run, tmp_path):
+    (tmp_path / "index.html").write_text(page.html(run), encoding="utf-8")
+    shown = subprocess.run(
+        [
+            str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
+            f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=2000", "--enable-logging=stderr", "--dump-dom",
+            (tmp_path / "index.html").as_uri(),
+        ],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert '<table class="results" id="probes">' in shown.stdout
+    assert shown.stdout.count('<th scope="row">') >= 5 + 1 + 7
+    assert "</html>" in shown.stdout
+    complaints = [line for line in shown.stderr.splitlines() if "CONSOLE" in line]
+    assert complaints == []
