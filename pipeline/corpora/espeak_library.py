@@ -88,6 +88,16 @@ def known_variants() -> list[str]:
     return sorted(file.name for file in (espeak_paths()[1] / "voices" / "!v").iterdir())
 
 
+def is_loaded(library: Path) -> bool:
+    """Whether this process holds a shared library."""
+    try:
+        found = ctypes.CDLL(str(library), mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+    except OSError:
+        return False
+    _ctypes.dlclose(found._handle)  # asking counted as a use
+    return True
+
+
 @contextmanager
 def fresh_espeak() -> Iterator[ctypes.CDLL]:
     """A newly loaded, initialised espeak-ng.
@@ -96,11 +106,7 @@ def fresh_espeak() -> Iterator[ctypes.CDLL]:
         DataError: it does not start, or something else in this process holds the library, and with it its state.
     """
     library, data = espeak_paths()
-    try:
-        ctypes.CDLL(str(library), mode=os.RTLD_NOLOAD | os.RTLD_NOW)
-    except OSError:
-        pass  # not loaded, as it should be
-    else:
+    if is_loaded(library):
         raise DataError(
             f"{library.name} is held by something else in this process, so speech would depend on what was said before; "
             "run `decant prepare` in a process of its own"

@@ -87,14 +87,12 @@ def chapter_items(corpus: str, root: Path, subset: str, chapter: Path) -> Iterat
     for name in sorted(set(texts) | set(files)):
         file = files.get(name, chapter / f"{name}.flac")
         path = path_in(root, file)
+        audio = audio_at(root, file)
         if name not in files:
-            audio: Path | Quarantine = Quarantine(f"it stands in {transcript.name}, but there is no such file")
-        elif name not in texts and transcript.exists():
-            audio = Quarantine(f"it has no line in {transcript.name}")
-        elif name not in texts:
-            audio = Quarantine(f"it has no transcript: there is no {transcript.name}")
-        else:
-            audio = audio_at(root, file)
+            audio = Quarantine(f"it stands in {transcript.name}, but there is no such file")
+        elif name not in texts and isinstance(audio, Path):
+            absent = f"it has no line in {transcript.name}" if transcript.exists() else f"there is no {transcript.name}"
+            audio = Quarantine(f"no transcript: {absent}")
         stem = path.rsplit("/", 1)[1].rsplit(".", 1)[0]
         yield Item(
             id=f"{corpus}/{subset}/{stem}",

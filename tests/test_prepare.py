@@ -1,0 +1,212 @@
+"""decant prepare: sources into a manifest, a wave store and a quarantine."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import xxhash
+import yaml
+from typer.testing import CliRunner
+
+from cache.errors import DataError, SettingsError
+from cache.manifest import read_manifest
+from cache.receipts import open_receipt
+from pipeline.audio import AudioParams
+from pipeline.corpora.librispeech import LibriSpeechParams
+from pipeline.corpora.speech_commands import SpeechCommandsParams
+from pipeline.prepare import PrepareParams, describe, prepare
+from stages.prepare import app
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def corpora(tmp_path, monkeypatch) -> Path:
+    """Two miniature corpora, and DECANT_STORE beside them."""
+    monkeypatch.setenv("DECANT_STORE", str(tmp_path / "store"))
+    rng = np.random.default_rng(0)
+    for speaker in ("0a7c2a8d", "2aa787cf", "8b775397"):
+        for word in ("up", "down"):
+            folder = tmp_path / "commands" / word
+            folder.mkdir(parents=True, exist_ok=True)
+            wave = (rng.normal(size=rng.integers(2_000, 16_000)) * 1_000).astype(np.int16)
+            soundfile.write(folder / f"{speaker}_nohash_0.wav", wave, 16_000)
+    chapter = tmp_path / "books" / "test-clean" / "1089" / "134686"
+    chapter.mkdir(parents=True)
+    names = [f"1089-134686-{i:04d}" for i in range(4)]
+    for name in names:
+        soundfile.write(chapter / f"{name}.flac", rng.normal(size=22_050) * 0.1, 22_050)
+    (chapter / "1089-134686.trans.txt").write_text("".join(f"{name} SOME WORDS\n" for name in names))
+    return tmp_path
+
+
+def settings(root: Path, max_bad_fraction: float = 0.0, workers: int = 2) -> PrepareParams:
+    return PrepareParams(
+        sources={
+            "commands": SpeechCommandsParams(
+                kind="speech_commands",
+                root=str(root / "commands"),
+                words=None,
+                validation_percentage=10,
+                testing_percentage=10,
+            ),
+            "books": LibriSpeechParams(
+                kind="librispeech", root=str(root / "books"), subsets=("test-clean",), dev_speakers=0, sid=None
+            ),
+        },
+        audio=AudioParams(max_sec=10, channels="mean", rate="resample"),
+        max_bad_fraction=max_bad_fraction,
+        workers=workers,
+    )
+
+
+def run(root: Path, **changes):
+    return prepare(settings(root, **changes), root / "store" / "waves", root / "quarantine.jsonl")
+
+
+def write_params(root: Path, params: PrepareParams) -> Path:
+    (root / "params.yaml").write_text(yaml.safe_dump({"prepare": params.model_dump(mode="json")}))
+    return root / "params.yaml"
+
+
+def arguments(root: Path) -> list[str]:
+    places = {"out": "data/manifest.jsonl", "waves": "receipts/waves.json", "quarantine": "data/quarantine.jsonl"}
+    return [*(f"--{name}={root / place}" for name, place in places.items()), f"--params={root / 'params.yaml'}"]
+
+
+def test_the_command_writes_a_manifest_and_the_very_samples(corpora):
+    write_params(corpora, settings(corpora))
+    result = CliRunner().invoke(app, arguments(corpora), catch_exceptions=False)
+    manifest = read_manifest(corpora / "data" / "manifest.jsonl")
+    store = open_receipt(corpora / "receipts" / "waves.json", verify=True)
+    assert store.ids == [u.id for u in manifest]
+    assert len(manifest) == 10
+    for utterance in manifest.select(task="kws"):
+        wave, _ = soundfile.read(corpora / "commands" / utterance.path, dtype="int16")
+        np.testing.assert_array_equal(store.read("wave", utterance.id), wave)
+        assert utterance.audio == xxhash.xxh3_128_hexdigest(wave.tobytes())
+        assert utterance.file_bytes == (corpora / "commands" / utterance.path).stat().st_size
+    book = manifest.by_id["books/test-clean/1089-134686-0000"]
+    assert (book.rate_hz, book.file_samples, book.samples) == (22_050, 22_050, 16_000)
+    assert (book.speaker, book.text, book.split, book.tasks) == ("1089", "SOME WORDS", "test", {})
+    assert (corpora / "data" / "quarantine.jsonl").read_text() == ""
+    assert (
+        "commands: 6 utterances, 0.00 h, 3 speakers; train 2, dev 2, test 2; kws train 2, dev 2, test 2"
+        in result.stdout
+    )
+    assert "0 quarantined" in result.stdout
+
+
+def test_a_second_run_and_another_number_of_threads_give_the_same_bytes(corpora):
+    first, second = run(corpora, workers=1), run(corpora, workers=3)
+    assert first.manifest.digest == second.manifest.digest
+    assert first.receipt == second.receipt
+
+
+def test_the_order_of_sources_in_the_settings_does_not_matter(corpora):
+    params = settings(corpora)
+    turned = params.model_copy(update={"sources": dict(reversed(params.sources.items()))})
+    other = prepare(turned, corpora / "store" / "waves", corpora / "q.jsonl")
+    assert other.manifest.digest == run(corpora).manifest.digest
+
+
+def test_bad_recordings_are_left_out_by_name_and_counted(corpora):
+    (corpora / "commands" / "up" / "00000000_nohash_0.wav").write_text("<html>")
+    write_params(corpora, settings(corpora, max_bad_fraction=0.2))
+    result = CliRunner().invoke(app, arguments(corpora), catch_exceptions=False)
+    rows = [json.loads(line) for line in (corpora / "data" / "quarantine.jsonl").read_text().splitlines()]
+    assert [(r["id"], r["path"]) for r in rows] == [("commands/up/00000000_nohash_0", "up/00000000_nohash_0.wav")]
+    assert "web page" in rows[0]["reason"]
+    assert "quarantined commands/up/00000000_nohash_0 (up/00000000_nohash_0.wav): cannot be decoded" in result.stdout
+    assert "1 quarantined" in result.stdout
+    assert len(read_manifest(corpora / "data" / "manifest.jsonl")) == 10
+
+
+def test_more_than_twenty_bad_recordings_are_shown_in_part(corpora):
+    for i in range(25):
+        (corpora / "commands" / "up" / f"{i:08x}_nohash_0.wav").touch()
+    write_params(corpora, settings(corpora, max_bad_fraction=0.9))
+    result = CliRunner().invoke(app, arguments(corpora), catch_exceptions=False)
+    assert result.stdout.count("quarantined commands/") == 20
+    assert "... and 5 more quarantined, in" in result.stdout
+
+
+def test_too_many_bad_recordings_end_the_run_and_publish_nothing(corpora):
+    (corpora / "commands" / "up" / "00000000_nohash_0.wav").touch()
+    with pytest.raises(
+        DataError,
+        match=r"1 of 11 recordings cannot be used, more than prepare.max_bad_fraction = 0.05 allows; "
+        r"the first is commands/up/00000000_nohash_0: the file is empty \(0 bytes\); all are in .*quarantine.jsonl",
+    ):
+        run(corpora, max_bad_fraction=0.05)
+    assert len((corpora / "quarantine.jsonl").read_text().splitlines()) == 1
+    assert list((corpora / "store" / "waves").iterdir()) == []
+
+
+def test_a_corpus_of_bad_recordings_alone_is_refused_whatever_the_fraction(corpora):
+    for file in [*corpora.glob("commands/*/*.wav"), *corpora.glob("books/**/*.flac")]:
+        file.write_bytes(b"")
+    with pytest.raises(DataError, match="10 of 10 recordings cannot be used"):
+        run(corpora, max_bad_fraction=1.0)
+
+
+def test_a_recording_in_two_formats_is_refused(corpora):
+    up = corpora / "commands" / "up"
+    soundfile.write(up / "0a7c2a8d_nohash_0.flac", np.zeros(1_000), 16_000)
+    with pytest.raises(
+        DataError, match=r"0a7c2a8d_nohash_0 is there twice: up/0a7c2a8d_nohash_0.flac and up/0a7c2a8d_nohash_0.wav"
+    ):
+        run(corpora)
+
+
+def test_a_recording_that_changed_changes_the_manifest_and_the_store(corpora):
+    before = run(corpora)
+    soundfile.write(corpora / "commands" / "up" / "0a7c2a8d_nohash_0.wav", np.ones(1_000) * 0.1, 16_000)
+    after = run(corpora)
+    assert after.manifest.digest != before.manifest.digest
+    assert after.receipt["key"] != before.receipt["key"]
+
+
+def test_labels_alone_leave_the_wave_store_as_it_is(corpora):
+    before = run(corpora)
+    transcript = next(corpora.glob("books/**/*.trans.txt"))
+    transcript.write_text(transcript.read_text().replace("SOME", "OTHER"))
+    after = run(corpora)
+    assert after.manifest.digest != before.manifest.digest
+    assert after.receipt == before.receipt
+
+
+def test_settings_are_refused_with_their_key_and_the_choices(corpora):
+    def refused(message: str, change) -> None:
+        values = settings(corpora).model_dump(mode="json")
+        change(values)
+        (corpora / "params.yaml").write_text(yaml.safe_dump({"prepare": values}))
+        with pytest.raises(SettingsError, match=message):
+            CliRunner().invoke(app, arguments(corpora), catch_exceptions=False)
+
+    refused("prepare.sources.books.*kind.*tape", lambda v: v["sources"]["books"].update(kind="tape"))
+    refused("prepare.audio.channels .*'mean', 'first' or 'refuse'", lambda v: v["audio"].update(channels="left"))
+    refused("prepare.workers", lambda v: v.update(workers=0))
+    refused("prepare.audio.max_sec is missing", lambda v: v["audio"].pop("max_sec"))
+    refused("prepare.sources", lambda v: v.update(sources={}))
+    refused("prepare.sources.a/b", lambda v: v["sources"].update({"a/b": v["sources"]["books"]}))
+
+
+def test_the_table_of_corpora_counts_by_hand(corpora):
+    assert describe(run(corpora).manifest) == [
+        "books: 4 utterances, 0.00 h, 1 speakers; test 4",
+        "commands: 6 utterances, 0.00 h, 3 speakers; train 2, dev 2, test 2; kws train 2, dev 2, test 2",
+    ]
+
+
+def test_preparing_needs_no_torch(corpora):
+    """Its start alone takes longer than a small corpus."""
+    write_params(corpora, settings(corpora))
+    code = "import sys; from stages.prepare import app; app(standalone_mode=False); sys.exit('torch' in sys.modules)"
+    command = [sys.executable, "-c", code, *arguments(corpora)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
