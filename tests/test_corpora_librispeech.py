@@ -103,6 +103,23 @@ def test_a_name_that_is_not_text_is_quarantined(root):
     assert item.path == "test-clean/1089/134686/1089-134686-\\xff.flac"
 
 
+def test_a_transcript_that_leads_out_of_the_corpus_is_not_read(root, tmp_path_factory):
+    secret = tmp_path_factory.mktemp("elsewhere") / "secret"
+    secret.write_text("a-secret\n")
+    file = root / "test-clean" / "1089" / "134686" / "1089-134686.trans.txt"
+    file.unlink()
+    file.symlink_to(secret)
+    with pytest.raises(DataError, match=r"trans\.txt is a link that leads out of the corpus"):
+        list(librispeech_items("ls", params(root, ("test-clean",))))
+
+
+def test_a_speaker_whose_folder_is_not_text_is_quarantined(root):
+    (root / "test-clean" / "1089").rename(os.fsdecode(os.fsencode(root) + b"/test-clean/\xfe"))
+    items = list(librispeech_items("ls", params(root, ("test-clean",))))
+    assert len(items) == 5
+    assert all(isinstance(i.audio, Quarantine) and i.path.startswith("test-clean/\\xfe/") for i in items)
+
+
 def test_links_in_a_circle_end_and_links_inside_are_followed(root):
     (root / "test-clean" / "loop").symlink_to(root / "test-clean", target_is_directory=True)
     chapter = root / "test-clean" / "1089" / "134686"

@@ -7,6 +7,7 @@ not depend on how many there are, in which order they are made, or by how many p
 """
 
 import multiprocessing
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from hashlib import sha256
@@ -114,8 +115,14 @@ def espeak_items(corpus: str, params: EspeakParams, workers: int) -> Iterator[It
         yield from map(make, jobs)
         return
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=die_with_parent) as pool:
+    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=start_process) as pool:
         yield from ordered_map(pool, make, jobs, workers * JOBS_AHEAD)
+
+
+def start_process() -> None:
+    """Leave Ctrl-C to the process that asked, and end with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with_parent()
 
 
 def check(params: EspeakParams) -> None:

@@ -45,11 +45,16 @@ def recordings(folder: Path) -> list[Path]:
 
 def audio_at(root: Path, file: Path) -> Path | Quarantine:
     """The file, or why it is not touched."""
-    if text_of(file.name) != file.name:
-        return Quarantine("its name is not UTF-8; rename it")
-    if not Path(os.path.realpath(file)).is_relative_to(os.path.realpath(root)):
+    if path_in(root, file) != file.relative_to(root).as_posix():
+        return Quarantine("its path is not UTF-8; rename it")
+    if not leads_inside(root, file):
         return Quarantine("a link that leads out of the corpus; copy the file, or take the folder it is in as root")
     return file
+
+
+def leads_inside(root: Path, file: Path) -> bool:
+    """Whether a file, its links followed, lies in its corpus; true of a circle of links, which cannot be opened."""
+    return Path(os.path.realpath(file)).is_relative_to(os.path.realpath(root))
 
 
 def text_of(name: str) -> str:

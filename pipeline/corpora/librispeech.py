@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field
 
 from cache.errors import DataError
 from pipeline.audio import Quarantine
-from pipeline.corpora.folder import audio_at, corpus_root, folders, path_in, recordings
+from pipeline.corpora.folder import audio_at, corpus_root, folders, leads_inside, path_in, recordings
 from pipeline.corpora.item import Item
 from pipeline.corpora.splits import Fractions, split_alone, split_together
 
@@ -82,6 +82,8 @@ def chapter_items(corpus: str, root: Path, subset: str, chapter: Path) -> Iterat
     """The utterances of one chapter: those transcribed, and what is there besides, quarantined."""
     speaker = chapter.parent.name
     transcript = chapter / f"{speaker}-{chapter.name}.trans.txt"
+    if not leads_inside(root, transcript):
+        raise DataError(f"{transcript} is a link that leads out of the corpus; put the file there")
     texts = read_transcript(transcript)
     files = {file.stem: file for file in recordings(chapter)}
     for name in sorted(set(texts) | set(files)):

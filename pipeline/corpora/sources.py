@@ -9,7 +9,7 @@ from pipeline.corpora.espeak import EspeakParams, count_lines, espeak_items
 from pipeline.corpora.folder import corpus_root, count_recordings
 from pipeline.corpora.item import Item
 from pipeline.corpora.librispeech import LibriSpeechParams, librispeech_items
-from pipeline.corpora.speech_commands import SpeechCommandsParams, speech_commands_items
+from pipeline.corpora.speech_commands import SpeechCommandsParams, speech_commands_items, word_folders
 
 Source = Annotated[EspeakParams | LibriSpeechParams | SpeechCommandsParams, Field(discriminator="kind")]
 
@@ -34,4 +34,4 @@ def count_of(corpus: str, source: Source) -> int:
             root = corpus_root(corpus, source.root)
             return sum(count_recordings(root / subset) for subset in source.subsets)
         case SpeechCommandsParams():
-            return count_recordings(corpus_root(corpus, source.root))
+            return sum(map(count_recordings, word_folders(corpus, source)))

@@ -54,19 +54,30 @@ def speech_commands_items(corpus: str, params: SpeechCommandsParams) -> Iterator
         DataError: a folder that is missing, or no recordings.
     """
     root = corpus_root(corpus, params.root)
-    there = [folder.name for folder in folders(root) if not folder.name.startswith(("_", "."))]
-    if missing := [word for word in params.words or () if word not in there]:
-        raise DataError(
-            f"{root} has no word {missing[0]!r}, but {', '.join(there) or 'no folder'}; "
-            f"correct prepare.sources.{corpus}.words"
-        )
     found = False
-    for word in there if params.words is None else sorted(params.words):
-        for file in recordings(root / word):
+    for folder in word_folders(corpus, params):
+        for file in recordings(folder):
             found = True
-            yield recording(corpus, root, word, file, params)
+            yield recording(corpus, root, folder.name, file, params)
     if not found:
         raise DataError(f"{root} has no recordings in folders named by their word; unpack Speech Commands there")
+
+
+def word_folders(corpus: str, params: SpeechCommandsParams) -> list[Path]:
+    """The folders of the words to take, by name.
+
+    Raises:
+        DataError: there is no such folder; the message lists those there are.
+    """
+    root = corpus_root(corpus, params.root)
+    there = [folder for folder in folders(root) if not folder.name.startswith(("_", "."))]
+    names = [folder.name for folder in there]
+    if missing := [word for word in params.words or () if word not in names]:
+        raise DataError(
+            f"{root} has no word {missing[0]!r}, but {', '.join(names) or 'no folder'}; "
+            f"correct prepare.sources.{corpus}.words"
+        )
+    return [folder for folder in there if params.words is None or folder.name in params.words]
 
 
 def recording(corpus: str, root: Path, word: str, file: Path, params: SpeechCommandsParams) -> Item:
