@@ -75,8 +75,8 @@ def receipt(kind: str, model: dict, layers: list[str], width: int | None, codec:
 
 
 def write_curve(path: Path, steps: int, floor: float) -> None:
-    lines = ["step,lr,l1,cosine,total,grad_norm,dev_l1,dev_cosine,dev_total"]
-    for step in range(1, steps + 1):
+    lines = ["step,rate,l1,cosine,total,grad_norm,dev_l1,dev_cosine,dev_total", "0,,,,,,2.1,0.69,2.79"]
+    for step in range(10, steps + 1, 10):
         loss = floor + 0.5 * math.exp(-step / (steps / 6)) + 0.02 * math.sin(step * 1.7) + 1.2 * math.exp(-step / 6)
         dev = f"{loss * 0.6:.5f},{loss * 0.4:.5f},{floor + 0.01 + 0.5 * math.exp(-step / (steps / 6)):.5f}"
         lines.append(f"{step},0.001,{loss * 0.6:.5f},{loss * 0.4:.5f},{loss:.5f},1.0,{dev if step % 50 == 0 else ',,'}")
@@ -129,10 +129,12 @@ def write_run(run: Path) -> dict[str, Path]:
             write_curve(folder / "curves.csv", steps, 0.62 if name == "distil" else 0.71)
             settings = {"init": {"kind": "adopted"}, "train": {"steps": steps, "lr": 0.001, "batch_seconds": 60}}
             shape = {"width": width, "heads": [4, 4], "ffn": [768, 768]}
-            write_json(folder / "shape.json", {"format": 1, "kind": "student", "shape": shape, "settings": settings})
+            targets = {"key": "0", "arrays": [{"name": f"layer-{n:02d}", "digest": "0"} for n in (1, 3, 5)]}
+            facts = {"format": 1, "kind": "student", "shape": shape, "settings": settings, "targets": targets}
+            write_json(folder / "shape.json", facts)
             dev = {"l1": 0.3812, "cosine": 0.2466, "total": 0.6278}
-            params = {"student": num_params, "heads": 296_640}
-            write_json(folder / "metrics.json", {"steps": steps, "dev": dev, "params": params})
+            parameters = {"student": num_params, "heads": 296_640}
+            write_json(folder / "metrics.json", {"steps": steps, "dev": dev, "parameters": parameters, "epochs": 1})
             (folder / "weights.safetensors").write_bytes(bytes(4 * num_params + 4000))
         write_score(run, name, "kws", kws)
         write_score(run, name, "sid", sid)
@@ -249,8 +251,11 @@ def test_counts_are_those_of_the_manifest_and_the_receipts(run):
     assert corpus.splits == {"train": 360, "dev": 120, "test": 120}
     assert corpus.tasks == {"kws": 300, "sid": 600}
     assert corpus.hours == pytest.approx(sum(16_000 + 40 * n for n in range(600)) / 16_000 / 3600)
-    kept = next(store for store in run.stores if store.purpose == "targets")
-    assert (kept.layers, kept.shards, kept.bytes) == (("layer-01", "layer-03", "layer-05"), 12, 3 * 204_812 * 192 * 2)
+    waves, kept, *others = run.stores
+    assert (waves.purposes, waves.rows, len(others)) == (("waveforms",), 66_101_344, 4)
+    # the teacher's targets (layers 1, 3, 5) and its features (all six) are one store, and are counted once
+    assert (kept.name, kept.purposes, kept.shards) == ("hubert", ("targets", "features"), 24)
+    assert kept.bytes == 6 * 204_812 * 192 * 2
 
 
 def test_models_stand_in_groups_with_the_larger_first_and_the_untrained_last(run):
@@ -282,7 +287,8 @@ def test_the_drawing_carries_the_counts_of_this_run(run):
     drawn = {station.name: station for station in drawing.stations(run)}
     assert list(drawn) == ["corpus", "teacher", "store", "targets", "student", "probe", "report"]
     assert drawn["probe"].figure == "10 scores"
-    assert drawn["store"].details[0] == "3 layers, float16"
+    assert drawn["store"].details[0] == "6 layers, float16"
+    assert drawn["targets"].details[0] == "distil, 3 layers"
 
 
 def test_a_probe_that_was_not_run_leaves_a_dash(own):
@@ -382,7 +388,7 @@ def test_a_readme_without_its_marks_is_left_alone(run, tmp_path, text):
 
 
 def test_a_run_of_untrained_students_alone_still_draws_its_curves(run):
-    untrained = [student for student in run.students if not student.curve]
+    untrained = [student for student in run.students if student.metrics.steps == 0]
     assert figures.png(figures.curves(untrained)).startswith(b"\x89PNG")
 
 

@@ -27,7 +27,7 @@ class Station(NamedTuple):
 
 def stations(run: Run) -> list[Station]:
     """The seven stages with the counts of this run."""
-    targets = [store for store in run.stores if store.purpose == "targets"]
+    targets = [store for store in run.stores if "targets" in store.purposes]
     teachers = [store.name for store in targets]
     layers = sum(len(store.layers) for store in targets)
     codecs = sorted({store.codec for store in targets})
@@ -66,12 +66,12 @@ def stations(run: Run) -> list[Station]:
         Station(
             "targets",
             wording.plural(len(run.students), "set"),
-            ["the arrays a student", "reads, by digest"],
+            _some([f"{s.name}, {wording.plural(s.num_targets, 'layer')}" for s in run.students]),
         ),
         Station(
             "student",
             wording.plural(len(run.students), "student"),
-            _some([f"{s.name}, {wording.params(s.metrics.params['student'])}" for s in run.students]),
+            _some([f"{s.name}, {wording.params(s.metrics.parameters['student'])}" for s in run.students]),
         ),
         Station(
             "probe",

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from pipeline.report.gather import CurvePoint, Run, Student
+from pipeline.report.gather import Run, Student
 from pipeline.tasks.labels import TASKS
 
 INK, MUTED, HAIRLINE, ACCENT = "#211d1e", "#7a7274", "#d9d3d0", "#7b1e3a"
@@ -40,8 +40,8 @@ WIDTH = 9.6  # inches; the page is ten wide
 
 
 def curves(students: Sequence[Student]) -> Figure:
-    """Small multiples, one trained student each: every step pale, the running mean in grey, dev in wine."""
-    students = [student for student in students if student.curve] or list(students)[:1]
+    """Small multiples, one trained student each: train in grey, dev in wine."""
+    students = [student for student in students if student.metrics.steps > 0] or list(students)[:1]
     columns = min(3, len(students))
     rows = ceil(len(students) / columns)
     with matplotlib.rc_context(LOOK):
@@ -57,25 +57,24 @@ def curves(students: Sequence[Student]) -> Figure:
 def _curve(axis: Axes, student: Student) -> None:
     axis.set_title(student.name, loc="left", fontsize=10, color=INK, fontweight="bold")
     axis.grid(axis="y", color=HAIRLINE, linewidth=0.6)
-    if not student.curve:
+    train = [(point.step, point.train) for point in student.curve if point.train is not None]
+    dev = [(point.step, point.dev) for point in student.curve if point.dev is not None]
+    if not train:
         axis.text(0.5, 0.5, "not trained", transform=axis.transAxes, ha="center", va="center", color=MUTED)
         axis.set_xticks([])
         axis.set_yticks([])
         axis.spines[:].set_visible(False)
         return
-    steps = [point.step for point in student.curve]
-    axis.plot(steps, [point.train for point in student.curve], color=HAIRLINE, linewidth=0.7)
-    axis.plot(steps, _running_mean(student.curve), color=MUTED, linewidth=1.2)
-    dev = [(point.step, point.dev) for point in student.curve if point.dev is not None]
-    axis.plot(*zip(*dev, strict=True), color=ACCENT, linewidth=1.6, marker="o", markersize=2.6) if dev else None
+    axis.plot([step for step, _ in train], [loss for _, loss in train], color=MUTED, linewidth=1.2)
+    axis.plot([s for s, _ in dev], [loss for _, loss in dev], color=ACCENT, linewidth=1.6, marker="o", markersize=2.8)
     axis.set_xlabel("step")
-    axis.set_xlim(0, steps[-1] * 1.03)
-    # the first steps of a fresh head tower over everything after them: show the band that training moves in
-    settled = sorted(point.train for point in student.curve[len(student.curve) // 50 :]) + [loss for _, loss in dev]
-    low, high = min(settled), max(_quantile(settled, 0.99), *(loss for _, loss in dev), min(settled) + 1e-6)
-    axis.set_ylim(low - 0.08 * (high - low), high + 0.12 * (high - low))
+    axis.set_xlim(0, train[-1][0] * 1.03)
+    # a fresh head towers over everything that follows: show the band that training moves in
+    settled = [loss for _, loss in train[len(train) // 20 :]] + [loss for step, loss in dev if step > 0]
+    low, high = min(settled), max(max(settled), min(settled) + 1e-6)
+    axis.set_ylim(low - 0.08 * (high - low), high + 0.08 * (high - low))
     ends = [("dev", dev[-1][1], ACCENT, 0)] if dev else []
-    for label, value, colour, left in [*ends, ("train", _running_mean(student.curve)[-1], MUTED, 62 if dev else 0)]:
+    for label, value, colour, left in [*ends, ("train", train[-1][1], MUTED, 62 if dev else 0)]:
         axis.annotate(  # on the line of the title, where no curve can run through it
             f"{label} {value:.3f}",
             (1, 1),
@@ -87,20 +86,6 @@ def _curve(axis: Axes, student: Student) -> None:
             fontsize=8.5,
             fontweight="bold" if label == "dev" else "normal",
         )
-
-
-def _running_mean(curve: Sequence[CurvePoint]) -> list[float]:
-    """Mean over a window of a fortieth of the run, up to and including each step."""
-    window = max(1, len(curve) // 40)
-    sums = [0.0]
-    for point in curve:
-        sums.append(sums[-1] + point.train)
-    return [(sums[n + 1] - sums[max(0, n + 1 - window)]) / min(n + 1, window) for n in range(len(curve))]
-
-
-def _quantile(ordered: Sequence[float], share: float) -> float:
-    values = sorted(ordered)
-    return values[min(len(values) - 1, int(share * len(values)))]
 
 
 def layer_weights(run: Run) -> Figure:
@@ -158,7 +143,15 @@ def png(figure: Figure) -> bytes:
     """The bytes of a PNG file without date or version."""
     data = io.BytesIO()
     with matplotlib.rc_context(LOOK):
-        figure.savefig(data, format="png", dpi=200, metadata={"Software": None}, facecolor="white")
+        figure.savefig(
+            data,
+            format="png",
+            dpi=200,
+            metadata={"Software": None},
+            facecolor="white",
+            bbox_inches="tight",
+            pad_inches=0.15,
+        )
     return data.getvalue()
 
 

@@ -8,6 +8,7 @@ stale looks exactly like one in which none is.
 import csv
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -64,15 +65,15 @@ class MetricsFile(BaseModel, frozen=True):
     """What a report reads of a student's metrics.json."""
 
     steps: int
-    dev: dict[str, float | None]
-    params: dict[str, int]
+    dev: dict[str, float] | None
+    parameters: dict[str, int]
 
 
 class CurvePoint(NamedTuple):
-    """One line of curves.csv; dev is there where the student was validated."""
+    """One line of curves.csv: train is the mean since the line before, dev is there where the student was validated."""
 
     step: int
-    train: float
+    train: float | None
     dev: float | None
 
 
@@ -91,11 +92,11 @@ class Corpus:
 
 @dataclass(frozen=True, slots=True)
 class StoreFacts:
-    """One store on disk."""
+    """One store on disk, whoever has a receipt of it."""
 
     name: str
-    purpose: str
-    """waveforms | targets | features"""
+    purposes: tuple[str, ...]
+    """waveforms, or targets and/or features: a teacher that is also probed is stored once."""
     layers: tuple[str, ...]
     width: int | None
     codec: str
@@ -134,7 +135,12 @@ class Student:
     metrics: MetricsFile
     curve: tuple[CurvePoint, ...]
     facts: dict[str, Any]
-    """shape.json (and params.json where there is one): shape, settings, targets."""
+    """shape.json: shape, settings, targets."""
+
+    @property
+    def num_targets(self) -> int:
+        """Layers it predicts."""
+        return len(self.facts.get("targets", {}).get("arrays", ()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,10 +208,14 @@ def gather(
     order = {"teacher": 0, "student": 1, "baseline": 2}
     return Run(
         corpora=tuple(_corpora(read, quarantine)),
-        stores=(
-            _store("waveforms", "waveforms", _parsed(waves, ReceiptFile)),
-            *(_store(name, "targets", receipt) for name, receipt in of_teachers.items()),
-            *(_store(name, "features", receipt) for name, receipt in of_models.items()),
+        stores=tuple(
+            _stores(
+                [
+                    ("waves", "waveforms", _parsed(waves, ReceiptFile)),
+                    *((name, "targets", receipt) for name, receipt in of_teachers.items()),
+                    *((name, "features", receipt) for name, receipt in of_models.items()),
+                ]
+            )
         ),
         models=tuple(sorted(described, key=lambda m: (order[m.role], m.untrained, -(m.num_params or 0), m.name))),
         students=students,
@@ -268,26 +278,32 @@ def _corpora(manifest: Manifest, quarantine: Path) -> list[Corpus]:
     return rows
 
 
-def _store(name: str, purpose: str, receipt: ReceiptFile) -> StoreFacts:
-    first = next(iter(receipt.arrays.values()))
-    return StoreFacts(
-        name=name,
-        purpose=purpose,
-        layers=tuple(layer for layer in sorted(receipt.arrays) if layer.startswith("layer-")),
-        width=first.width,
-        codec=first.codec,
-        utterances=receipt.utterances,
-        rows=receipt.rows,
-        bytes=sum(size for array in receipt.arrays.values() for size, _ in array.shards),
-        shards=sum(len(array.shards) for array in receipt.arrays.values()),
-        key=receipt.key,
-    )
+def _stores(receipts: list[tuple[str, str, ReceiptFile]]) -> Iterator[StoreFacts]:
+    """One row a store: receipts of the same key describe the same folder."""
+    by_key: dict[str, list[tuple[str, str, ReceiptFile]]] = {}
+    for row in receipts:
+        by_key.setdefault(row[2].key, []).append(row)
+    for key, rows in by_key.items():
+        arrays = {name: array for _, _, receipt in rows for name, array in receipt.arrays.items()}
+        first = next(iter(arrays.values()))
+        yield StoreFacts(
+            name=", ".join(dict.fromkeys(name for name, _, _ in rows)),
+            purposes=tuple(dict.fromkeys(purpose for _, purpose, _ in rows)),
+            layers=tuple(layer for layer in sorted(arrays) if layer.startswith("layer-")),
+            width=first.width,
+            codec=first.codec,
+            utterances=rows[0][2].utterances,
+            rows=rows[0][2].rows,
+            bytes=sum(size for array in arrays.values() for size, _ in array.shards),
+            shards=sum(len(array.shards) for array in arrays.values()),
+            key=key,
+        )
 
 
 def _model(name: str, receipt: ReceiptFile, models: Path, students: dict[str, Student]) -> Model:
     described = receipt.fingerprint.get("model", {})
     student = students.get(name)
-    num_params = student.metrics.params["student"] if student is not None else described.get("num_params")
+    num_params = student.metrics.parameters["student"] if student is not None else described.get("num_params")
     weights = models / name / "weights.safetensors"
     if student is not None:
         weight_bytes = weights.stat().st_size if weights.exists() else None
@@ -305,9 +321,7 @@ def _model(name: str, receipt: ReceiptFile, models: Path, students: dict[str, St
 
 
 def _student(folder: Path) -> Student:
-    facts = dict(read_json(folder / "shape.json"))
-    if (folder / "params.json").exists():
-        facts["params"] = read_json(folder / "params.json")
+    facts = read_json(folder / "shape.json")
     return Student(folder.name, _parsed(folder / "metrics.json", MetricsFile), _curve(folder / "curves.csv"), facts)
 
 
@@ -317,7 +331,7 @@ def _curve(path: Path) -> tuple[CurvePoint, ...]:
     with open(path, newline="", encoding="utf-8") as file:
         try:
             return tuple(
-                CurvePoint(int(row["step"]), float(row["total"]), float(row["dev_total"]) if row["dev_total"] else None)
+                CurvePoint(int(row["step"]), *(float(row[c]) if row[c] else None for c in ("total", "dev_total")))
                 for row in csv.DictReader(file)
             )
         except (KeyError, ValueError, TypeError) as error:

@@ -38,8 +38,8 @@ def html(run: Run) -> str:
         ),
         _section(
             "Distillation",
-            f'<figure class="scroll">{curves}<figcaption>Total loss (L1 and cosine). Pale: every step; grey: running mean; '
-            "wine: dev. The vertical range leaves out the first steps; the heads are dropped after distillation."
+            f'<figure class="scroll">{curves}<figcaption>Total loss, L1 and cosine. Grey: train; wine: dev. '
+            "The vertical range leaves out the first steps; the heads are dropped after distillation."
             "</figcaption></figure>",
             f'<div class="scroll" style="margin-top:28px">{sections.losses(run)}</div>',
         ),

@@ -57,13 +57,13 @@ def headline(run: Run) -> str:
             (f"{wording.percent(score.mean)}<small> %</small>", TASKS[task].title.lower(),
              f"{escape(model.name)}, the best student; {', '.join(beside)}")
         )  # fmt: skip
-    held = [store for store in run.stores if store.purpose == "targets"]
+    held = [store for store in run.stores if "targets" in store.purposes]
     layers = sum(len(store.layers) for store in held)
     cells.append(
         (
             wording.size(sum(store.bytes for store in held)),
-            "of targets on disk",
-            f"{wording.plural(layers, 'teacher layer')}, {wording.count(sum(store.rows for store in held))} frames, "
+            "of teacher layers on disk",
+            f"{wording.plural(layers, 'layer')} of {wording.count(sum(store.rows for store in held))} frames, "
             "read instead of a teacher",
         )
     )
@@ -205,10 +205,9 @@ def stores(run: Run) -> str:
         layers = (
             wording.NONE if not store.layers else _ranges([int(name.removeprefix("layer-")) for name in store.layers])
         )
-        name = "waves" if store.purpose == "waveforms" else store.name
-        unit = "samples" if store.purpose == "waveforms" else "frames"
+        unit = "samples" if "waveforms" in store.purposes else "frames"
         rows.append(
-            f'<tr><th scope="row">{escape(name)}</th><td>{store.purpose}</td><td class="num">{layers}</td>'
+            f'<tr><th scope="row">{escape(store.name)}</th><td>{" and ".join(store.purposes)}</td><td class="num">{layers}</td>'
             f'<td class="num">{store.width or wording.NONE}</td><td>{escape(store.codec)}</td>'
             f'<td class="num">{wording.count(store.utterances)}</td><td class="num">{wording.count(store.rows)} {unit}</td>'
             f'<td class="num">{wording.size(store.bytes)}</td><td class="num">{wording.count(store.shards)}</td>'
@@ -236,15 +235,15 @@ def losses(run: Run) -> str:
     """Per student: how long it trained and where it ended on dev."""
     rows = []
     for student in run.students:
-        dev = student.metrics.dev
+        dev = student.metrics.dev or {}
         figures = "".join(
             f'<td class="num">{wording.NONE if dev.get(name) is None else f"{dev[name]:.4f}"}</td>'
             for name in ("l1", "cosine", "total")
         )
         rows.append(
             f'<tr><th scope="row">{escape(student.name)}</th><td class="num">{wording.count(student.metrics.steps)}</td>'
-            f'<td class="num">{wording.params(student.metrics.params["student"])}</td>'
-            f'<td class="num">{wording.params(student.metrics.params.get("heads"))}</td>{figures}</tr>'
+            f'<td class="num">{wording.params(student.metrics.parameters["student"])}</td>'
+            f'<td class="num">{wording.params(student.metrics.parameters.get("heads"))}</td>{figures}</tr>'
         )
     return (
         '<table id="students"><thead><tr><th scope="col">Student</th><th class="num">steps</th><th class="num">parameters</th>'

@@ -50,7 +50,7 @@ def metrics(run: Run) -> dict[str, Any]:
             for task in run.tasks
         },
         "students": {
-            student.name: {"params": student.metrics.params["student"], **student.metrics.dev}
+            student.name: {"parameters": student.metrics.parameters["student"], **(student.metrics.dev or {})}
             for student in run.students
         },
     }
