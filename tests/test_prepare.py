@@ -1,6 +1,7 @@
 """decant prepare: sources into a manifest, a wave store and a quarantine."""
 
 import json
+import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import xxhash
 import yaml
 from typer.testing import CliRunner
 
-from cache.errors import DataError, SettingsError
+from cache.errors import DataError, ResourceError, SettingsError
 from cache.manifest import read_manifest
 from cache.receipts import open_receipt
 from pipeline.audio import AudioParams
@@ -194,6 +195,35 @@ def test_settings_are_refused_with_their_key_and_the_choices(corpora):
     refused("prepare.audio.max_sec is missing", lambda v: v["audio"].pop("max_sec"))
     refused("prepare.sources", lambda v: v.update(sources={}))
     refused("prepare.sources.a/b", lambda v: v["sources"].update({"a/b": v["sources"]["books"]}))
+
+
+def test_a_speaking_process_that_is_killed_ends_the_run_with_one_line(corpora):
+    pytest.importorskip("espeakng_loader", reason="espeak-ng is not installed")
+    group = {"count": 1, "variants": ["m1"]}
+    source = {
+        "kind": "espeak",
+        "seed": 0,
+        "voices": {"train": group, "dev": {**group, "variants": ["m2"]}, "test": {**group, "variants": ["m3"]}},
+        "accents": ["en"],
+        "rate_wpm": [150, 170],
+        "pitch": [40, 60],
+        "jitter": 0.5,
+        "keywords": [],
+        "repetitions": 0,
+        "sentences_per_voice": 500,
+        "silence_sec": [0, 0],
+        "snr_db": None,
+        "sid": None,
+    }
+    values = {**settings(corpora).model_dump(mode="json"), "sources": {"speech": source}}
+
+    def kill(amount: float, note: str) -> None:
+        for process in multiprocessing.active_children():
+            process.kill()
+
+    with pytest.raises(ResourceError, match=r"a process that speaks .* was killed .*smaller prepare.workers"):
+        prepare(PrepareParams.model_validate(values), corpora / "store" / "waves", corpora / "q.jsonl", kill)
+    assert list((corpora / "store" / "waves").iterdir()) == []
 
 
 def test_the_table_of_corpora_counts_by_hand(corpora):
