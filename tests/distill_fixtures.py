@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 import yaml
 from safetensors.torch import save_file
 
@@ -69,13 +68,13 @@ class World:
     root: Path
     manifest: Manifest
 
-    def command(self, name: str = "distil", out: str = "models/distil") -> list[str]:
+    def command(self) -> list[str]:
         """`decant distill` on this world, as a process."""
         return [
-            *(sys.executable, "-m", "stages", "distill", name, "--device", "cpu"),
+            *(sys.executable, "-m", "stages", "distill", "distil", "--device", "cpu"),
             *("--targets", str(self.root / "targets.json"), "--manifest", str(self.root / "manifest.jsonl")),
             *("--waves", str(self.root / "receipts/waves.json"), "--init", str(self.root / "init.safetensors")),
-            *("--out", str(self.root / out), "--params", str(self.root / "params.yaml")),
+            *("--out", str(self.root / "models/distil"), "--params", str(self.root / "params.yaml")),
         ]
 
     def environment(self, **more: str) -> dict[str, str]:
@@ -141,8 +140,3 @@ def write_receipt(world: World, teacher: str, seed: int, layers: tuple[int, ...]
 def relabelled(manifest: Manifest, **changes: Any) -> Manifest:
     """A manifest whose utterances have other labels."""
     return Manifest(tuple(replace(u, **changes) for u in manifest))
-
-
-def audio_digest(wave: np.ndarray) -> str:
-    """As in the manifest."""
-    return xxhash.xxh3_128_hexdigest(wave.tobytes())

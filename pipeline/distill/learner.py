@@ -53,7 +53,7 @@ class TrainParams(BaseModel, frozen=True, extra="forbid"):
     """Of matrices and kernels; biases and norms never decay."""
     clip: float | None = Field(gt=0)
     """Largest gradient norm; null does not clip."""
-    feature_grad_mult: float = Field(ge=0)
+    feature_grad_mult: float = Field(gt=0)
     """Factor on the gradient that reaches the convolutions; 0.1 in DistilHuBERT."""
     l1_weight: float = Field(ge=0)
     """Weight of the L1 term."""

@@ -49,8 +49,8 @@ def save_state(directory: Path, progress: Progress, modules: nn.Module, optimize
         "random": torch.get_rng_state(),  # dropout; plans and crops are functions of (seed, epoch) and need no state
         "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
-    with publish_file(directory / f"{name}.pt") as partial:
-        torch.save(tensors, partial)
+    with publish_file(directory / f"{name}.pt") as partial, open(partial, "wb") as file:
+        torch.save(tensors, file)  # given a path it would hide what the disk refuses
     digest = digest_file(directory / f"{name}.pt")
     write_json(directory / f"{name}.json", {"progress": asdict(progress), "sha256": digest})
     for record in _records(directory)[KEPT:]:

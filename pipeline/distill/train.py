@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from cache.errors import DataError, DecantError, Interrupted, StoreError
 from cache.frames import RATE_HZ
 from cache.manifest import Manifest
 from cache.process import exclusive
-from cache.publish import digest_file, digest_json, publish_dir, read_json, write_json
+from cache.publish import digest_file, digest_json, named_io_errors, publish_dir, read_json, write_json
 from cache.ragged import Store
 from pipeline.distill.batches import Batch, BatchReader, plan_epoch
 from pipeline.distill.curves import Curves
@@ -69,17 +69,17 @@ def distil(
     """
     init = init if isinstance(params.init, Adopted) else None
     run = out.with_name(f".{out.name}.training.partial")
-    with exclusive(run / "lock"):
+    with named_io_errors(out), exclusive(run / "lock"):
         facts = {
             "settings": params.model_dump(mode="json"),
             "targets": targets_json(targets),
             "init": None if init is None or not init.exists() else digest_file(init),
             "audio": digest_json([[u.id, u.audio, u.split] for u in manifest]),
         }
-        _discard_other(run, facts, device, say)
         learner = Learner(params, targets, init, device)
         splits = {name: manifest.select(split=name) for name in ("train", "dev")}
         readers = _open_readers(params, targets, manifest, waves, splits)
+        _discard_other(run, facts, device, say)  # after all checks: a wrong path must not cost a state
         with ThreadPoolExecutor(1) as executor, stop_requested() as stopping:
             progress = _train(learner, readers, run, executor, stopping, tick, say)
         metrics = {
@@ -93,7 +93,7 @@ def distil(
         with publish_dir(out) as partial:
             save_student(partial, learner.encoder, facts)
             heads = {name: tensor.detach().cpu().contiguous() for name, tensor in learner.heads.state_dict().items()}
-            save_file(heads, partial / "heads.safetensors")
+            (partial / "heads.safetensors").write_bytes(save(heads))
             shutil.copyfile(run / "curves.csv", partial / "curves.csv")
             write_json(partial / "metrics.json", metrics)
         shutil.rmtree(run)  # only now: until the student is published the state is what a rerun needs
@@ -224,7 +224,8 @@ def _not_finite(learner: Learner, batch: Batch, update: Update, run: Path, step:
     place = run / f"not-finite-{step:09d}"
     place.mkdir(exist_ok=True)
     tensors = {"waves": batch.waves, "samples": batch.samples, "targets": batch.targets, "frames": batch.frames}
-    save_file({**tensors, "predicted": predicted.detach().float().cpu().contiguous()}, place / "batch.safetensors")
+    tensors["predicted"] = predicted.float().cpu().contiguous()
+    (place / "batch.safetensors").write_bytes(save(tensors))
     write_json(place / "batch.json", {"step": step, "ids": batch.ids, "rate": update.rate})
     bad = [
         name

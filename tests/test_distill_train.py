@@ -1,0 +1,339 @@
+import csv
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from cache.errors import DataError, DecantError, ResourceError, SettingsError
+from cache.process import exclusive
+from cache.publish import read_json, write_json
+from cache.receipts import open_receipt
+from pipeline.distill.learner import StudentParams
+from pipeline.distill.train import distil
+from pipeline.layers.targets import SingleTeacher, choose_targets, targets_json
+from pipeline.student.checkpoint import load_student
+from stages._params import read_params
+from stages.distill import app
+from tests.distill_fixtures import make_world, relabelled, write_params, write_receipt
+
+FILES = ["curves.csv", "heads.safetensors", "metrics.json", "shape.json", "weights.safetensors"]
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    monkeypatch.setenv("DECANT_STORE", str(tmp_path / "store"))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    world = make_world(tmp_path)
+    write_json(tmp_path / "targets.json", targets_json(targets_of(world)))
+    return world
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def targets_of(world):
+    ensemble = SingleTeacher(kind="single", teacher="hubert", layers=(3, 1))
+    return choose_targets(ensemble, world.root / "receipts")
+
+
+def train(world, out="models/distil", manifest=None, init="init.safetensors", said=None):
+    """`distil` in this process."""
+    return distil(
+        read_params("students.distil", StudentParams, world.root / "params.yaml"),
+        targets_of(world),
+        manifest or world.manifest,
+        open_receipt(world.root / "receipts/waves.json"),
+        None if init is None else world.root / init,
+        world.root / out,
+        "cpu",
+        lambda *_, **__: None,
+        (lambda _: None) if said is None else said.append,
+    )
+
+
+def products(world, out="models/distil"):
+    folder = world.root / out
+    assert sorted(p.name for p in folder.iterdir()) == FILES
+    return {name: (folder / name).read_bytes() for name in FILES}
+
+
+def run(world):
+    """`decant distill` as a process of its own."""
+    return subprocess.run(world.command(), env=world.environment(), capture_output=True, text=True, timeout=120)
+
+
+def run_stage(world):
+    """The stage in this process; gives what it printed."""
+    return CliRunner().invoke(app, world.command()[4:], catch_exceptions=False).output
+
+
+def test_training_lowers_the_loss_and_leaves_a_whole_product(world):
+    write_params(world, train={"steps": 60, "learning_rate": 0.01})
+    metrics = train(world)
+    rows = list(csv.DictReader((world.root / "models/distil/curves.csv").read_text().splitlines()))
+    assert [int(r["step"]) for r in rows if r["dev_l1"]] == [0, *range(5, 61, 5)]
+    assert [int(r["step"]) for r in rows if r["l1"]][:6] == [3, 5, 6, 9, 10, 12]
+    assert float(rows[-1]["dev_total"]) < 0.8 * float(rows[0]["dev_total"])
+    assert metrics["dev"]["total"] == pytest.approx(float(rows[-1]["dev_total"]), rel=1e-6)
+    assert metrics == read_json(world.root / "models/distil/metrics.json")
+    described = read_json(world.root / "models/distil/shape.json")
+    assert described["settings"]["train"]["steps"] == 60
+    assert described["targets"] == targets_json(targets_of(world))
+    assert str(world.root) not in (world.root / "models/distil/shape.json").read_text()
+    assert load_student(world.root / "models/distil").shape.num_blocks == 2
+    assert not list((world.root / "models").glob(".*"))
+
+
+def test_the_same_settings_give_the_same_bytes_and_another_seed_does_not(world):
+    train(world, out="models/a")
+    train(world, out="models/b")
+    assert products(world, "models/a") == products(world, "models/b")
+    write_params(world, seed=4)
+    train(world, out="models/c")
+    assert products(world, "models/c")["weights.safetensors"] != products(world, "models/a")["weights.safetensors"]
+
+
+def test_no_steps_give_the_untrained_student(world):
+    write_params(world, train={"steps": 0})
+    metrics = train(world)
+    weights, adopted = (
+        load_file(world.root / "models/distil/weights.safetensors"),
+        load_file(world.root / "init.safetensors"),
+    )
+    assert metrics["steps"] == 0
+    assert metrics["dev"]["l1"] > 0
+    for name, tensor in weights.items():
+        if not name.startswith("norm."):
+            torch.testing.assert_close(tensor, adopted[name], rtol=0, atol=0)
+    write_params(world, train={"steps": 0}, init={"kind": "random"})
+    train(world, out="models/random", init=None)
+    assert not torch.equal(
+        load_file(world.root / "models/random/weights.safetensors")["projection.weight"], weights["projection.weight"]
+    )
+
+
+SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 4))]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_run_killed_at_a_random_moment_ends_in_the_same_bytes(world, seed):
+    write_params(world, train={"steps": 60, "checkpoint_every": 5, "log_every": 4, "validate_every": 30})
+    train(world, out="models/whole")
+    state = world.root / "models/.distil.training.partial"
+    moments = random.Random(seed)
+    killed = 0
+    for _ in range(1 + seed % 2):  # once, or twice in a row
+        before = {p.name for p in state.glob("state-*.json")}
+        with subprocess.Popen(world.command(), env=world.environment(), stdout=subprocess.DEVNULL) as process:
+            while process.poll() is None and {p.name for p in state.glob("state-*.json")} == before:
+                time.sleep(0.002)
+            time.sleep(moments.uniform(0.0, 0.2))
+            process.kill()
+        killed += process.returncode == -signal.SIGKILL
+    assert killed
+    resumed = run(world)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "going on after step" in resumed.stdout
+    assert products(world) == products(world, "models/whole")
+
+
+def test_sigterm_saves_the_state_and_exits_with_75(world):
+    write_params(world, train={"steps": 4_000, "checkpoint_every": 100_000, "validate_every": None})
+    with subprocess.Popen(
+        world.command(), env=world.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        curves = world.root / "models/.distil.training.partial/curves.csv"
+        while process.poll() is None and not curves.exists():
+            time.sleep(0.01)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert "with its state saved; the same command goes on" in errors
+    assert errors.count("\n") == 1
+    steps = [int(p.stem.removeprefix("state-")) for p in curves.parent.glob("state-*.json")]
+    assert len(steps) == 1
+    assert 0 < steps[0] < 4_000
+    assert not (world.root / "models/distil").exists()
+
+
+def stop_at(world, monkeypatch, step):
+    """Run until the state after `step` is saved, as if the power went then."""
+    from pipeline.distill import train as module
+
+    save = module.save_state
+
+    def save_and_die(directory, progress, *rest):
+        save(directory, progress, *rest)
+        if progress.step == step:
+            raise RuntimeError("the power went")
+
+    monkeypatch.setattr(module, "save_state", save_and_die)
+    with pytest.raises(RuntimeError, match="the power went"):
+        train(world)
+    monkeypatch.setattr(module, "save_state", save)
+    return world.root / "models/.distil.training.partial"
+
+
+def test_a_damaged_state_is_passed_over_for_the_one_before(world, monkeypatch):
+    train(world, out="models/whole")
+    state = stop_at(world, monkeypatch, 8)
+    assert sorted(p.name for p in state.glob("state-*.pt")) == ["state-000000006.pt", "state-000000008.pt"]
+    data = bytearray((state / "state-000000008.pt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (state / "state-000000008.pt").write_bytes(data)
+    said = []
+    train(world, said=said)
+    assert any("state-000000008.pt is damaged" in line for line in said)
+    assert "going on after step 6 of 12" in said
+    assert products(world) == products(world, "models/whole")
+
+
+def test_a_state_of_other_settings_is_thrown_away_and_said_to_be(world, monkeypatch):
+    write_params(world, seed=5)
+    train(world, out="models/whole")
+    write_params(world, seed=3)
+    stop_at(world, monkeypatch, 4)
+    write_params(world, seed=5)
+    said = []
+    train(world, said=said)
+    assert [line for line in said if "is of other settings: thrown away, starting at step 0" in line]
+    assert products(world) == products(world, "models/whole")
+
+
+def test_two_trainings_into_one_folder_are_refused(world):
+    with (
+        exclusive(world.root / "models/.distil.training.partial/lock"),
+        pytest.raises(ResourceError, match=f"being written by process {os.getpid()}"),
+    ):
+        train(world)
+
+
+def test_targets_that_are_no_numbers_stop_the_run_with_the_batch_kept(world, monkeypatch):
+    from pipeline.distill.batches import BatchReader
+
+    read = BatchReader.read
+
+    def poisoned(self, items):
+        batch = read(self, items)
+        if "utt-07" in batch.ids:
+            batch.targets[batch.ids.index("utt-07"), 0, 0, 0] = float("nan")
+        return batch
+
+    monkeypatch.setattr(BatchReader, "read", poisoned)
+    with pytest.raises(DataError, match=r"the targets of utt-07 are not finite"):
+        train(world)
+    (dump,) = (world.root / "models/.distil.training.partial").glob("not-finite-*")
+    assert "utt-07" in read_json(dump / "batch.json")["ids"]
+    assert torch.isnan(load_file(dump / "batch.safetensors")["targets"]).sum() == 1
+    assert not (world.root / "models/distil").exists()
+
+
+def test_a_diverging_run_stops_and_keeps_its_last_good_state(world):
+    write_params(
+        world, train={"learning_rate": 1e30, "clip": None, "warmup": 0.5, "checkpoint_every": 1, "validate_every": None}
+    )
+    with pytest.raises(DecantError, match=r"not finite \(batch of utt-.*lower train.learning_rate"):
+        train(world)
+    (*_, newest) = sorted((world.root / "models/.distil.training.partial").glob("state-*.pt"))
+    assert all(torch.isfinite(t).all() for t in torch.load(newest, weights_only=True)["modules"].values())
+
+
+def test_settings_that_do_not_fit_are_named(world):
+    with pytest.raises(SettingsError, match="pass --init"):
+        train(world, init=None)
+    write_params(world, shape={"ffn": [32, 24]})
+    with pytest.raises(
+        SettingsError, match=r"students\.distil: blocks\.0\.ffn_up\.weight is \(24, 16\) in .* but \(32, 16\)"
+    ):
+        run_stage(world)
+    write_params(world, train={"steps": -1})
+    with pytest.raises(SettingsError, match=r"students\.distil\.train\.steps is -1: "):
+        run_stage(world)
+
+
+def test_a_manifest_of_other_audio_or_without_a_split_is_refused(world):
+    with pytest.raises(DataError, match="no utterance of split 'dev'; set train.validate_every: null"):
+        train(world, manifest=relabelled(world.manifest, split="train"))
+    with pytest.raises(DecantError, match="extracted from other audio"):
+        train(world, manifest=relabelled(world.manifest, audio="0" * 32))
+
+
+def test_a_random_student_says_that_it_does_not_read_the_init(world):
+    write_params(world, init={"kind": "random"}, train={"steps": 1, "precision": "bfloat16"})
+    lines = run_stage(world)
+    assert "--init" in lines
+    assert "is not read" in lines
+    assert "this run computes in float32" in lines
+    assert "parameters after 1 steps: dev l1" in lines
+
+
+def test_a_student_trains_with_every_teacher_deleted_and_transformers_unimportable(world):
+    train(world, out="models/beside")
+    shutil.rmtree(world.root / "teachers")
+    blocker = world.root / "blocker"
+    blocker.mkdir()
+    (blocker / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Refuse:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('transformers', 'huggingface_hub') or name == 'pipeline.teachers':\n"
+        "            raise ImportError(f'{name} is not installed here')\n"
+        "sys.meta_path.insert(0, Refuse())\n"
+    )
+    environment = world.environment(first_on_path=str(blocker))
+    refused = subprocess.run(
+        [world.command()[0], "-c", "import transformers"], env=environment, capture_output=True, text=True
+    )
+    assert "transformers is not installed here" in refused.stderr
+    result = subprocess.run(world.command(), env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert products(world) == products(world, "models/beside")
+
+
+def test_a_student_can_be_narrower_than_its_teacher(world):
+    changes = {"width": 12, "head_width": 4, "heads": [3, 1], "ffn": [20, 8], "position_groups": 3}
+    write_params(world, shape=changes, init={"kind": "random"}, train={"steps": 2})
+    train(world, init=None)
+    heads = load_file(world.root / "models/distil/heads.safetensors")
+    assert heads["split.weight"].shape == (2, 12, 16)
+
+
+def test_the_store_is_asked_for_the_targets_alone(world):
+    train(world, out="models/before")
+    write_receipt(world, "wavlm", seed=9)  # overwrites init.safetensors, which a random student does not read
+    write_receipt(world, "hubert", seed=0)
+    train(world, out="models/after")
+    assert products(world, "models/before") == products(world, "models/after")
+    assert np.isfinite(read_json(world.root / "models/after/metrics.json")["dev"]["l1"])
+
+
+def test_a_full_disk_is_named_and_leaves_the_state_before(world, monkeypatch):
+    train(world, out="models/whole")
+    state = stop_at(world, monkeypatch, 6)
+    (state / ".state-000000008.pt.partial").symlink_to("/dev/full")
+    with pytest.raises(ResourceError, match="the disk is full"):
+        train(world)
+    (state / ".state-000000008.pt.partial").unlink()
+    train(world)
+    assert products(world) == products(world, "models/whole")
+
+
+def test_a_wrong_path_does_not_cost_the_state(world, monkeypatch):
+    state = stop_at(world, monkeypatch, 4)
+    with pytest.raises(DecantError, match="extracted from other audio"):
+        train(world, manifest=relabelled(world.manifest, audio="0" * 32))
+    assert (state / "state-000000004.json").exists()
