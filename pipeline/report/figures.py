@@ -127,7 +127,7 @@ def layer_weights(run: Run) -> Figure:
                             ha="center",
                             va="center",
                             fontsize=8 if deepest <= 8 else 6.5,
-                            color="white" if shade > 0.45 else INK,
+                            color="white" if shade > 0.6 else INK,
                         )
             axis.set_xlim(-0.5, deepest - 0.5)
             axis.set_ylim(max(1, len(names)) - 0.5, -0.5)
