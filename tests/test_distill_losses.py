@@ -73,7 +73,7 @@ def test_heads_are_a_wide_linear_and_a_block_diagonal_one():
     expected = torch.stack(wide.chunk(3, dim=2), dim=1)
     torch.testing.assert_close(heads(x), expected)
     bound = 5**-0.5
-    assert all(-bound <= float(p.min()) < float(p.max()) <= bound for p in heads.parameters())
+    assert all(-bound <= p.min() < p.max() <= bound for p in heads.parameters())
 
 
 @pytest.mark.parametrize(("layers", "published"), [(2, 2_362_368), (3, 3_543_552)])

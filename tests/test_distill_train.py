@@ -49,7 +49,7 @@ def targets_of(world):
     return choose_targets(ensemble, world.root / "receipts")
 
 
-def train(world, out="models/distil", manifest=None, init="init.safetensors", said=None):
+def train(world, out="models/distil", manifest=None, init="init.safetensors", said=None, device="cpu"):
     """`distil` in this process."""
     return distil(
         read_params("students.distil", StudentParams, world.root / "params.yaml"),
@@ -58,7 +58,7 @@ def train(world, out="models/distil", manifest=None, init="init.safetensors", sa
         open_receipt(world.root / "receipts/waves.json"),
         None if init is None else world.root / init,
         world.root / out,
-        "cpu",
+        device,
         lambda *_, **__: None,
         (lambda _: None) if said is None else said.append,
     )
@@ -337,3 +337,12 @@ def test_a_wrong_path_does_not_cost_the_state(world, monkeypatch):
     with pytest.raises(DecantError, match="extracted from other audio"):
         train(world, manifest=relabelled(world.manifest, audio="0" * 32))
     assert (state / "state-000000004.json").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_bfloat16_on_a_gpu_lowers_the_loss(world):
+    write_params(world, train={"steps": 60, "learning_rate": 0.01, "precision": "bfloat16"})
+    train(world, device="cuda")
+    rows = list(csv.DictReader((world.root / "models/distil/curves.csv").read_text().splitlines()))
+    assert float(rows[-1]["dev_total"]) < 0.8 * float(rows[0]["dev_total"])

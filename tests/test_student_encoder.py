@@ -303,3 +303,18 @@ def test_dropout_is_for_training_only():
     encoder.eval()
     assert torch.equal(encoder(waves, samples)[-1], encoder(waves, samples)[-1])
     assert isinstance(encoder.feature_dropout, nn.Dropout)
+
+
+def test_bfloat16_autocast_stays_near_float32_and_keeps_norms_in_float32():
+    encoder = Encoder(TINY)
+    initialise(encoder, torch.Generator().manual_seed(2))
+    encoder.eval()
+    waves, samples = noise(9_000, 16_000)
+    seen = []
+    encoder.front[0].norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    with torch.no_grad():
+        exact = encoder(waves, samples)[-1]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rough = encoder(waves, samples)[-1]
+    assert seen == [torch.float32, torch.float32]
+    assert float((rough[0, :26] - exact[0, :26]).norm() / exact[0, :26].norm()) < 0.05

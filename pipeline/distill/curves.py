@@ -16,9 +16,10 @@ class Curves:
         if not keep_bytes:
             self._file.write((",".join(COLUMNS) + "\n").encode())
 
-    def add(self, **values: float) -> None:
+    def add(self, step: int, **values: float) -> None:
         """One row; columns without a value stay empty."""
-        self._file.write((",".join(f"{values[c]:.9g}" if c in values else "" for c in COLUMNS) + "\n").encode())
+        cells = [f"{values[c]:.9g}" if c in values else "" for c in COLUMNS[1:]]
+        self._file.write((",".join([str(step), *cells]) + "\n").encode())
 
     def flush(self) -> int:
         """Bring all rows to the disk and give their length in bytes."""
