@@ -11,62 +11,14 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
-
-from pydantic import BaseModel, ValidationError
+from typing import Any, NamedTuple
 
 from cache.errors import StoreError
 from cache.frames import RATE_HZ
 from cache.manifest import SPLITS, Manifest, read_manifest
 from cache.publish import read_json
+from pipeline.report.products import MetricsFile, ReceiptFile, ScoreFile, files, parsed
 from pipeline.tasks.labels import TASKS
-
-
-class ArrayFile(BaseModel, frozen=True):
-    """One array of a receipt."""
-
-    width: int | None
-    codec: str
-    shards: tuple[tuple[int, str], ...]
-
-
-class ReceiptFile(BaseModel, frozen=True):
-    """What a report reads of a receipt; the rest is left alone."""
-
-    kind: str
-    key: str
-    fingerprint: dict[str, Any]
-    arrays: dict[str, ArrayFile]
-    utterances: int
-    rows: int
-
-
-class ScoreFile(BaseModel, frozen=True):
-    """What a report reads of a probe's score."""
-
-    model: str
-    task: str
-    description: dict[str, Any]
-    mean: float
-    sd: float | None
-    interval: tuple[float, float]
-    chance: float
-    majority: float
-    lr: float
-    lr_at_edge: bool
-    layers: tuple[str, ...]
-    layer_weights: tuple[float, ...]
-    classes: tuple[str, ...]
-    counts: dict[str, int]
-    params: dict[str, Any]
-
-
-class MetricsFile(BaseModel, frozen=True):
-    """What a report reads of a student's metrics.json."""
-
-    steps: int
-    dev: dict[str, float] | None
-    parameters: dict[str, int]
 
 
 class CurvePoint(NamedTuple):
@@ -177,19 +129,19 @@ def gather(
     of_teachers = {
         path.stem: receipt
         for path in sorted(receipts.glob("*.json"))
-        if not path.name.startswith(".") and (receipt := _parsed(path, ReceiptFile)).kind == "features"
+        if not path.name.startswith(".") and (receipt := parsed(path, ReceiptFile)).kind == "features"
     }
     if not of_teachers:
         raise StoreError(
             f"{receipts} holds no receipt of a teacher; run `decant extract` (or `dvc repro`) before the report"
         )
-    of_models = {p.stem: _parsed(p, ReceiptFile) for p in _files(features, "*.json", "receipt of features", "extract")}
+    of_models = {p.stem: parsed(p, ReceiptFile) for p in files(features, "*.json", "receipt of features", "extract")}
     students = tuple(
-        _student(path.parent) for path in _files(models, "*/shape.json", "student (NAME/shape.json)", "distill")
+        _student(path.parent) for path in files(models, "*/shape.json", "student (NAME/shape.json)", "distill")
     )
     scores = {}
-    for path in _files(probes, "*.json", "score", "probe"):
-        score = _parsed(path, ScoreFile)
+    for path in files(probes, "*.json", "score", "probe"):
+        score = parsed(path, ScoreFile)
         if score.model not in of_models:
             raise StoreError(
                 f"{path} is a score of '{score.model}', which has no receipt in {features}; "
@@ -211,7 +163,7 @@ def gather(
         stores=tuple(
             _stores(
                 [
-                    ("waves", "waveforms", _parsed(waves, ReceiptFile)),
+                    ("waves", "waveforms", parsed(waves, ReceiptFile)),
                     *((name, "targets", receipt) for name, receipt in of_teachers.items()),
                     *((name, "features", receipt) for name, receipt in of_models.items()),
                 ]
@@ -222,30 +174,6 @@ def gather(
         tasks=tuple(sorted({task for _, task in scores}, key=lambda task: (*TASKS, task).index(task))),
         scores=scores,
     )
-
-
-FileModel = TypeVar("FileModel", bound=BaseModel)
-
-
-def _files(folder: Path, pattern: str, what: str, stage: str) -> list[Path]:
-    """The products in a folder, in order; none is a refusal."""
-    found = sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
-    found = [path for path in found if not path.parent.name.startswith(".")]
-    if not found:
-        raise StoreError(f"{folder} holds no {what}; run `decant {stage}` (or `dvc repro`) before the report")
-    return found
-
-
-def _parsed(path: Path, model: type[FileModel]) -> FileModel:
-    """One JSON product, with the first misfit named."""
-    try:
-        return model.model_validate(read_json(path))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the whole file"
-        raise StoreError(
-            f"{path}: {where}: {first['msg'].lower()}; delete it and run the stage that writes it again (`dvc repro`)"
-        ) from error
 
 
 def _corpora(manifest: Manifest, quarantine: Path) -> list[Corpus]:
@@ -322,7 +250,7 @@ def _model(name: str, receipt: ReceiptFile, models: Path, students: dict[str, St
 
 def _student(folder: Path) -> Student:
     facts = read_json(folder / "shape.json")
-    return Student(folder.name, _parsed(folder / "metrics.json", MetricsFile), _curve(folder / "curves.csv"), facts)
+    return Student(folder.name, parsed(folder / "metrics.json", MetricsFile), _curve(folder / "curves.csv"), facts)
 
 
 def _curve(path: Path) -> tuple[CurvePoint, ...]:

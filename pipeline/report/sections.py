@@ -6,7 +6,8 @@ import yaml
 
 from cache.manifest import SPLITS
 from pipeline.report import wording
-from pipeline.report.gather import Model, Run, ScoreFile
+from pipeline.report.gather import Model, Run
+from pipeline.report.products import ScoreFile
 from pipeline.tasks.labels import TASKS
 
 GROUPS = {"teacher": "Teachers", "student": "Students", "baseline": "Baseline"}
