@@ -7,9 +7,8 @@ exist: after kill -9 a shard is either committed or made again.
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -175,14 +174,18 @@ class WaveWriter:
         self._num_shards = 0
 
     def __enter__(self) -> "WaveWriter":
+        self._lock = ExitStack()
+        self.directory = self.stores / ".partial"
         with named_io_errors(self.stores):
-            self.stores.mkdir(parents=True, exist_ok=True)
-            self.directory = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.stores))
+            self._lock.enter_context(exclusive(self.stores / "writer.lock"))
+            shutil.rmtree(self.directory, ignore_errors=True)  # what a killed preparation left
+            self.directory.mkdir()
         self.journal = Journal(self.directory)
         return self
 
     def __exit__(self, *error: object) -> None:
         shutil.rmtree(self.directory, ignore_errors=True)  # gone already after `finish`
+        self._lock.close()
 
     def add(self, utterance_id: str, wave: Int16[np.ndarray, " S"]) -> str:
         """Append one utterance; gives the xxh3-128 of its samples.
@@ -228,13 +231,6 @@ class WaveWriter:
         with named_io_errors(place):
             if place.exists():
                 shutil.rmtree(place)
-            os.chmod(self.directory, 0o777 & ~_umask())  # mkdtemp made it private
             os.replace(self.directory, place)
             fsync(self.stores)
         return place
-
-
-def _umask() -> int:
-    value = os.umask(0)
-    os.umask(value)
-    return value

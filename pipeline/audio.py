@@ -15,7 +15,7 @@ from jaxtyping import Float64, Int16
 from pydantic import BaseModel, Field
 
 from cache.frames import FIELD, RATE_HZ
-from pipeline.resample import resample
+from pipeline.resample import MAX_FILTERS, num_filters, resample
 
 MAX_CHANNELS = 8  # with max_sec, what bounds the memory of one file
 RATES_HZ = range(4_000, 192_001)
@@ -92,6 +92,8 @@ def header_fault(file: soundfile.SoundFile, params: AudioParams) -> str | None:
         return f"{file.channels} channels, and the setting channels is refuse (mean and first are the others)"
     if file.samplerate != RATE_HZ and params.rate == "refuse":
         return f"{file.samplerate} Hz, and the setting rate is refuse (resample is the other)"
+    if num_filters(file.samplerate, RATE_HZ) > MAX_FILTERS:
+        return f"{file.samplerate} Hz has no small ratio to {RATE_HZ} Hz; is the header right?"
     return None
 
 

@@ -22,7 +22,7 @@ def read_params(key: str, model: type[T] | Any, params: Path = Path("params.yaml
     try:
         return typing.cast(T, TypeAdapter(model).validate_python(section))
     except ValidationError as error:
-        raise SettingsError(f"{params}: {_explain(key, model, error)}") from None
+        raise SettingsError(f"{params}: {_explain(key, model, section, error)}") from None
 
 
 def lookup(key: str, params: Path) -> Any:
@@ -59,11 +59,11 @@ def _nearest(name: str, choices: list[str]) -> str:
     return f" (did you mean {near[0]}?)" if near else ""
 
 
-def _explain(key: str, model: Any, error: Any) -> str:
+def _explain(key: str, model: Any, section: Any, error: Any) -> str:
     """The first failure as one line; how many more there are."""
     first = error.errors()[0]
     location = [str(part) for part in first["loc"]]
-    full = ".".join([key, *location])
+    full = ".".join([key, *_as_typed(first["loc"], section)])
     if first["type"] == "extra_forbidden":
         known = _fields(model, location[:-1])
         text = f"{full} is not a setting; known are {', '.join(known)}{_nearest(location[-1], known)}"
@@ -73,6 +73,18 @@ def _explain(key: str, model: Any, error: Any) -> str:
         text = f"{full} is {first['input']!r}: {first['msg'][0].lower() + first['msg'][1:]}"
     more = error.error_count() - 1
     return " ".join(text.split()) + (f" (and {more} more)" if more else "")
+
+
+def _as_typed(location: tuple[Any, ...], section: Any) -> list[str]:
+    """The path of a failure in the file: pydantic's own, without the tags of unions it passed."""
+    path, value = [], section
+    for number, part in enumerate(location, 1):
+        if (isinstance(value, dict) and part in value) or (isinstance(value, list) and isinstance(part, int)):
+            value = value[part]
+        elif number < len(location):
+            continue  # a tag: nobody typed it here
+        path.append(str(part))
+    return path
 
 
 def _fields(model: Any, location: list[str]) -> list[str]:

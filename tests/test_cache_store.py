@@ -353,7 +353,7 @@ def test_waves_come_back_and_a_crop_is_the_samples_of_its_frames(tmp_path):
         hashes = [writer.add(f"w{i}", wave) for i, wave in enumerate(waves)]
         assert len(set(hashes)) == 5
         place = writer.finish(store_key("waves", {"audio": "x"}), {"audio": "x"})
-    assert list(place.parent.iterdir()) == [place]
+    assert sorted(p.name for p in place.parent.iterdir()) == sorted([place.name, "writer.lock"])
     store = open_receipt(make_receipt(place, ["wave"]), verify=True)
     span = FrameSpan(20, 30)
     for i, wave in enumerate(waves[1:], 1):
@@ -365,7 +365,12 @@ def test_an_interrupted_preparation_leaves_no_store(tmp_path):
     with pytest.raises(KeyboardInterrupt), WaveWriter(tmp_path / "waves") as writer:
         writer.add("a", np.zeros(500, dtype=np.int16))
         raise KeyboardInterrupt
-    assert list((tmp_path / "waves").iterdir()) == []
+    assert [p.name for p in (tmp_path / "waves").iterdir()] == ["writer.lock"]
+
+
+def test_a_second_preparation_at_the_same_time_is_refused(tmp_path):
+    with WaveWriter(tmp_path / "waves"), pytest.raises(ResourceError, match="waves is being written by process"):
+        WaveWriter(tmp_path / "waves").__enter__()
 
 
 def test_json_is_published_whole_and_a_broken_one_is_named(tmp_path):

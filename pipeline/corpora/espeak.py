@@ -7,6 +7,7 @@ not depend on how many there are, in which order they are made, or by how many p
 """
 
 import multiprocessing
+import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -120,7 +121,8 @@ def espeak_items(corpus: str, params: EspeakParams, workers: int) -> Iterator[It
 
 
 def start_process() -> None:
-    """Leave Ctrl-C to the process that asked, and end with it."""
+    """Leave Ctrl-C to the process that asked, end with it, and resample on one thread: there is a process per core."""
+    os.environ["OMP_NUM_THREADS"] = "1"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent()
 
