@@ -214,6 +214,26 @@ def test_a_state_of_other_settings_is_thrown_away_and_said_to_be(world, monkeypa
     assert products(world) == products(world, "models/whole")
 
 
+def test_a_state_whose_settings_are_not_known_is_thrown_away(world, monkeypatch):
+    write_params(world, seed=5)
+    train(world, out="models/whole")
+    write_params(world, seed=3)
+    state = stop_at(world, monkeypatch, 4)
+    (state / "run.json").unlink()  # as a kill in the middle of throwing away leaves it
+    write_params(world, seed=5)
+    train(world)
+    assert products(world) == products(world, "models/whole")
+
+
+def test_going_on_with_another_number_of_threads_is_said(world, monkeypatch):
+    stop_at(world, monkeypatch, 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    said = []
+    train(world, said=said)
+    assert any("(threads 1, now 2): going on, but not bit for bit" in line for line in said)
+    assert "going on after step 4 of 12" in said
+
+
 def test_two_trainings_into_one_folder_are_refused(world):
     with (
         exclusive(world.root / "models/.distil.training.partial/lock"),

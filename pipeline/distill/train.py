@@ -108,19 +108,19 @@ def _discard_other(run: Path, facts: dict[str, Any], device: str, say: Say) -> N
         "threads": torch.get_num_threads(),
         "cpu": platform.machine(),
     }
-    if (run / "run.json").exists():
+    try:
         before = read_json(run / "run.json")
-        changed = [name for name in facts if before["facts"].get(name) != facts[name]]
-        if changed:
+    except StoreError:  # absent at the start; or a run was killed while it threw a state away
+        before = {"facts": {}, "machine": machine}
+    if changed := [name for name in facts if before["facts"].get(name) != facts[name]]:
+        if list(run.glob("state-*")):
             say(f"{run} is of other {' and '.join(changed)}: thrown away, starting at step 0")
-            for path in run.iterdir():
-                if path.name != "lock":
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-        elif before["machine"] != machine:
-            was = ", ".join(
-                f"{k} {before['machine'][k]}, now {v}" for k, v in machine.items() if before["machine"][k] != v
-            )
-            say(f"{run} was begun under other conditions ({was}): going on, but not bit for bit")
+        for path in run.iterdir():
+            if path.name != "lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    elif before["machine"] != machine:
+        was = [f"{k} {before['machine'].get(k)}, now {v}" for k, v in machine.items() if before["machine"].get(k) != v]
+        say(f"{run} was begun under other conditions ({', '.join(was)}): going on, but not bit for bit")
     write_json(run / "run.json", {"facts": facts, "machine": machine})
 
 
