@@ -100,7 +100,7 @@ class Prediction(NamedTuple):
     """Part of the hidden frames whose unit is named."""
 
 
-class Recordings(Sequence[Int16[np.ndarray, " S"]]):
+class Recordings(Sequence[Int16[np.ndarray, " _"]]):
     """The training recordings, read from the store when asked for."""
 
     def __init__(self, manifest: Manifest, waves: Store) -> None:
@@ -186,6 +186,7 @@ def pretrain(
                 model = new_model(params)
             for seconds, note in train_round(params, iteration, recordings, units, model, number):
                 on_progress(seconds, f"round {number + 1}: {note}")
+    transformers.utils.logging.disable_progress_bar()  # one file, nothing to watch
     model.save_pretrained(out)
     transformers.Wav2Vec2FeatureExtractor(do_normalize=False, return_attention_mask=True).save_pretrained(out)
 
@@ -247,11 +248,11 @@ def new_model(params: PretrainParams) -> transformers.HubertModel:
 
 def make_units(
     params: PretrainParams, iteration: Iteration, recordings: Recordings, model: transformers.HubertModel
-) -> list[Int64[np.ndarray, " T"]]:
+) -> list[Int64[np.ndarray, " _"]]:
     """The unit of every frame that this round predicts."""
 
     @torch.inference_mode()
-    def layer(wave: Int16[np.ndarray, " S"]) -> Any:
+    def layer(wave: Int16[np.ndarray, " _"]) -> Any:
         assert isinstance(iteration.units, LayerUnits)
         states = model(torch.from_numpy(wave).float()[None] * INT16_SCALE, output_hidden_states=True).hidden_states
         return states[iteration.units.layer][0].numpy()
@@ -265,7 +266,7 @@ def train_round(
     params: PretrainParams,
     iteration: Iteration,
     recordings: Recordings,
-    units: Sequence[Int64[np.ndarray, " T"]],
+    units: Sequence[Int64[np.ndarray, " _"]],
     model: transformers.HubertModel,
     number: int,
 ) -> Iterator[tuple[float, str]]:

@@ -37,7 +37,7 @@ class LayerUnits(BaseModel, frozen=True, extra="forbid"):
 
 
 Units = Annotated[MfccUnits | LayerUnits, Field(discriminator="kind")]
-Featurise = Callable[[Int16[np.ndarray, " S"]], Float32[np.ndarray, "T D"]]
+Featurise = Callable[[Int16[np.ndarray, " _"]], Float32[np.ndarray, "_ _"]]
 
 
 def mfcc(wave: Int16[np.ndarray, " S"]) -> Float32[np.ndarray, "T 39"]:
@@ -53,13 +53,13 @@ def mfcc(wave: Int16[np.ndarray, " S"]) -> Float32[np.ndarray, "T 39"]:
 
 
 def cluster(
-    waves: Sequence[Int16[np.ndarray, " S"]],
+    waves: Sequence[Int16[np.ndarray, " _"]],
     featurise: Featurise,
     centre: bool,
     clusters: int,
     fit_frames: int,
     seed: int,
-) -> list[Int64[np.ndarray, " T"]]:
+) -> list[Int64[np.ndarray, " _"]]:
     """The unit of every frame of every recording, after fitting k-means on `fit_frames` of them.
 
     Args:
@@ -78,7 +78,7 @@ def cluster(
         found = featurise(waves[u])
         return found - found.mean(0) if centre else found
 
-    drawn: list[Float32[np.ndarray, "T D"]] = []
+    drawn: list[Float32[np.ndarray, "_ _"]] = []
     total = 0
     for u in np.random.default_rng(seed).permutation(len(waves)).tolist():
         if total >= fit_frames:
