@@ -105,7 +105,9 @@ def extract(
     with open_writer(directory, header, [u.id for u in chosen], rows, names) as writer:
         writer.check_space()
         todo = writer.missing()
-        seconds = [chosen.samples[list(writer.plan.utterances(s))].sum() / RATE_HZ for s in range(writer.plan.num_shards)]
+        seconds = [
+            chosen.samples[list(writer.plan.utterances(s))].sum() / RATE_HZ for s in range(writer.plan.num_shards)
+        ]
         tick(float(sum(seconds[s] for s in range(writer.plan.num_shards) if s not in todo)))
         # One shard is written while the next is computed; waiting for it bounds memory to two shards.
         with ThreadPoolExecutor(1) as behind:

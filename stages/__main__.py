@@ -1,12 +1,13 @@
 """The console script `decant`: one command per stage; an error a user can cause is one line and an exit code.
 
 Exit codes: 0 done; 1 a defect of ours; 2 a setting or option; 3 input data; 4 a store or model on disk; 5 the machine
-(disk, permission, lock); 75 stopped on request with its state saved; 130 interrupted from the keyboard.
+(disk, permission, lock); 75 stopped on request with its state saved; 130 interrupted from the keyboard (distillation saves its state first and gives 75).
 """
 
 import os
 import sys
 from importlib import import_module
+from typing import Any
 
 import typer
 
@@ -15,8 +16,8 @@ from cache.process import die_with_parent
 
 STAGES = ("prepare", "teacher", "extract", "targets", "distill", "probe", "report")  # in the order of the pipeline
 
-# What a person typed wrong: typer exports only its subclass.
-UsageError = typer.BadParameter.__base__
+# What a person typed wrong; typer exports only subclasses of it.
+UsageError: Any = typer.BadParameter.__base__
 
 # No rich markup: it costs a quarter of a second at every --help.
 app = typer.Typer(
@@ -48,7 +49,7 @@ def main() -> None:
         print(f"{stage}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except UsageError as error:
-        print(f"{stage}: {error.format_message()} (see `{stage} --help`)", file=sys.stderr)  # type: ignore[attr-defined]
+        print(f"{stage}: {error.format_message()} (see `{stage} --help`)", file=sys.stderr)
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         print(f"{stage}: interrupted; the same command goes on where it stopped", file=sys.stderr)

@@ -14,8 +14,8 @@ def main(
     targets: Annotated[Path, typer.Option(help="What `decant targets` wrote for it.")],
     manifest: Annotated[Path, typer.Option(help="Utterances and their splits.")],
     waves: Annotated[Path, typer.Option(help="Receipt of the wave store.")],
+    init: Annotated[Path, typer.Option(help="Folder with the starting weights of each teacher.")],
     out: Annotated[Path, typer.Option(help="The student's folder.")],
-    init: Annotated[Path | None, typer.Option(help="Weights to start from, for init: {kind: adopted}.")] = None,
     params: Annotated[Path, typer.Option(help="Settings.")] = Path("params.yaml"),
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto.")] = "auto",
 ) -> None:
@@ -26,7 +26,7 @@ def main(
     from pipeline.devices import choose_device
     from pipeline.distill.learner import StudentParams
     from pipeline.distill.train import distil
-    from pipeline.layers.targets import read_targets
+    from pipeline.layers.targets import open_init, read_targets
     from stages._params import read_params
     from stages._progress import progress
 
@@ -37,13 +37,12 @@ def main(
     def say(line: str) -> None:
         print(f"distill {name}: {line}", flush=True)
 
-    if settings.init.kind == "random" and init is not None:
-        say(f"init is {{kind: random}}, so --init {init} is not read")
     if settings.train.precision == "bfloat16" and not place.startswith("cuda"):
         say("bfloat16 is for GPUs: this run computes in float32")
     try:
+        start = open_init(chosen, settings.init, init)
         with progress(f"distill {name}", total=settings.train.steps, unit="steps") as tick:
-            metrics = distil(settings, chosen, utterances, store, init, out, place, tick, say)
+            metrics = distil(settings, chosen, utterances, store, start, out, place, tick, say)
     except SettingsError as error:
         raise SettingsError(f"{params}: students.{name}: {error}") from error
     dev = metrics["dev"]

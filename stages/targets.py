@@ -1,4 +1,4 @@
-"""targets: the receipts of all teachers in, the arrays that one student reads out."""
+"""targets: receipts and starting weights of all teachers in, what one student reads of them out."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,18 +12,20 @@ app = typer.Typer()
 def main(
     name: Annotated[str, typer.Argument(help="The student: its settings are students.NAME.")],
     receipts: Annotated[Path, typer.Option(help="Folder with one receipt per teacher.")],
+    init: Annotated[Path, typer.Option(help="Folder with the starting weights of each teacher.")],
     out: Annotated[Path, typer.Option(help="The targets to write.")],
     params: Annotated[Path, typer.Option(help="Settings.")] = Path("params.yaml"),
 ) -> None:
     """Choose what a student learns; the output's bytes change only when that does."""
     from cache.errors import SettingsError
     from cache.publish import write_json
-    from pipeline.layers.targets import SingleTeacher, choose_targets, targets_json
+    from pipeline.layers.targets import Adopted, Init, Random, SingleTeacher, choose_targets, targets_json
     from stages._params import read_params
 
     ensemble: SingleTeacher = read_params(f"students.{name}.ensemble", SingleTeacher, params)
+    start: Adopted | Random = read_params(f"students.{name}.init", Init, params)
     try:
-        targets = choose_targets(ensemble, receipts)
+        targets = choose_targets(ensemble, receipts, start, init)
     except SettingsError as error:
         raise SettingsError(f"{params}: students.{name}: {error}") from error
     write_json(out, targets_json(targets))

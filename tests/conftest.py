@@ -71,4 +71,6 @@ def make_tiny_corpus(root: Path, lengths: list[int], seed: int = 0) -> TinyCorpu
 def tiny_corpus(tmp_path, monkeypatch) -> TinyCorpus:
     """Twelve utterances of 25 ms to 1.6 s."""
     monkeypatch.setenv("DECANT_STORE", str(tmp_path / "store"))
-    return make_tiny_corpus(tmp_path, [400, 16_000, 9_999, 719, 720, 24_000, 5_000, 16_001, 12_345, 8_000, 25_600, 3_210])
+    return make_tiny_corpus(
+        tmp_path, [400, 16_000, 9_999, 719, 720, 24_000, 5_000, 16_001, 12_345, 8_000, 25_600, 3_210]
+    )

@@ -38,7 +38,7 @@ SHAPE: dict[str, Any] = {
 }
 STUDENT: dict[str, Any] = {
     "ensemble": {"kind": "single", "teacher": "hubert", "layers": [3, 1]},
-    "init": {"kind": "adopted"},
+    "init": {"kind": "adopted", "teacher": "hubert"},
     "shape": {**SHAPE, "feature_norm": False, "heads": [2, 2], "ffn": [24, 24]},
     "train": {
         "steps": 12,
@@ -73,7 +73,7 @@ class World:
         return [
             *(sys.executable, "-m", "stages", "distill", "distil", "--device", "cpu"),
             *("--targets", str(self.root / "targets.json"), "--manifest", str(self.root / "manifest.jsonl")),
-            *("--waves", str(self.root / "receipts/waves.json"), "--init", str(self.root / "init.safetensors")),
+            *("--waves", str(self.root / "receipts/waves.json"), "--init", str(self.root / "init")),
             *("--out", str(self.root / "models/distil"), "--params", str(self.root / "params.yaml")),
         ]
 
@@ -93,6 +93,7 @@ class World:
 def write_params(world: World, **changes: Any) -> None:
     """params.yaml with one student; changes are given per section ({"train": {"steps": 3}})."""
     student = {k: {**v, **changes.get(k, {})} if isinstance(v, dict) else changes.get(k, v) for k, v in STUDENT.items()}
+    student["init"] = changes.get("init", STUDENT["init"])
     (world.root / "params.yaml").write_text(yaml.safe_dump({"students": {"distil": student}}))
 
 
@@ -130,7 +131,8 @@ def write_receipt(world: World, teacher: str, seed: int, layers: tuple[int, ...]
     folder = world.root / "teachers" / teacher
     folder.mkdir(parents=True, exist_ok=True)
     save_student(folder, encoder, {})
-    save_file(encoder.state_dict(), world.root / "init.safetensors")
+    (world.root / "init").mkdir(exist_ok=True)
+    save_file(encoder.state_dict(), world.root / "init" / f"{teacher}.safetensors")
     store = open_receipt(world.root / "receipts/waves.json")
     keep = Keep(layers=layers, select="all")
     receipt = extract(load_student_upstream(folder), world.manifest, store, EXTRACT, keep, "cpu", lambda *_, **__: None)

@@ -160,7 +160,16 @@ def test_kill_9_during_extraction_is_made_good_by_the_same_command(tiny_corpus, 
     params = {"extract": {**PARAMS.model_dump(), "shard_frames": 96}, "keep": {"layers": "all", "select": "all"}}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
     (tmp_path / "logmel.json").write_text('{"model": "log-mel", "num_mels": 20, "floor": 1e-6}')
-    command = [sys.executable, "-m", "stages.extract", "tiny", "--keep", "keep", "--params", str(tmp_path / "params.yaml")]
+    command = [
+        sys.executable,
+        "-m",
+        "stages.extract",
+        "tiny",
+        "--keep",
+        "keep",
+        "--params",
+        str(tmp_path / "params.yaml"),
+    ]
     command += ["--model", str(tmp_path / "logmel.json"), "--manifest", str(tiny_corpus.manifest_path)]
     command += ["--waves", str(tiny_corpus.waves_path)]
 
@@ -172,7 +181,9 @@ def test_kill_9_during_extraction_is_made_good_by_the_same_command(tiny_corpus, 
         return {**os.environ, "DECANT_STORE": str(store), **more}
 
     whole = tmp_path / "whole"
-    subprocess.run([*command, "--out", str(tmp_path / "whole.json")], check=True, env=environment(whole), cwd=os.getcwd())
+    subprocess.run(
+        [*command, "--out", str(tmp_path / "whole.json")], check=True, env=environment(whole), cwd=os.getcwd()
+    )
     killed = tmp_path / "killed"
     child = subprocess.Popen([*command, "--out", str(tmp_path / "killed.json")], env=environment(killed))
     deadline = time.monotonic() + 60

@@ -4,9 +4,20 @@ from typer.testing import CliRunner
 
 from cache.errors import SettingsError, StoreError
 from cache.publish import read_json, write_json
-from pipeline.layers.targets import SingleTeacher, choose_targets, open_targets, read_targets, targets_json
+from pipeline.layers.targets import (
+    Adopted,
+    Random,
+    SingleTeacher,
+    choose_targets,
+    open_init,
+    open_targets,
+    read_targets,
+    targets_json,
+)
 from stages.targets import app
 from tests.distill_fixtures import make_world, write_receipt
+
+HUBERT = Adopted(kind="adopted", teacher="hubert")
 
 
 @pytest.fixture
@@ -16,13 +27,16 @@ def world(tmp_path, monkeypatch):
 
 
 def choose(world, teacher="hubert", layers=(3, 1)):
-    return choose_targets(SingleTeacher(kind="single", teacher=teacher, layers=layers), world.root / "receipts")
+    ensemble = SingleTeacher(kind="single", teacher=teacher, layers=layers)
+    return choose_targets(ensemble, world.root / "receipts", HUBERT, world.root / "init")
 
 
 def run_stage(world):
     options = [
         "--receipts",
         world.root / "receipts",
+        "--init",
+        world.root / "init",
         "--out",
         world.root / "targets.json",
         "--params",
@@ -80,3 +94,21 @@ def test_a_store_that_is_not_what_was_meant_is_refused(world):
     write_json(world.root / "targets.json", {**targets_json(targets), "format": 2})
     with pytest.raises(StoreError, match="format 2"):
         read_targets(world.root / "targets.json")
+
+
+def test_the_start_is_the_file_that_was_chosen_or_it_is_refused(world):
+    targets = choose(world)
+    assert open_init(targets, HUBERT, world.root / "init") == world.root / "init" / "hubert.safetensors"
+    assert open_init(targets, Random(kind="random"), world.root / "init") is None
+    write_receipt(world, "hubert", seed=5)
+    with pytest.raises(
+        StoreError, match="is not the file that the targets were chosen with; run `decant targets` again"
+    ):
+        open_init(targets, HUBERT, world.root / "init")
+    with pytest.raises(SettingsError, match=r"init.teacher is 'nobody' but .*init has weights of hubert; choose one"):
+        open_init(targets, Adopted(kind="adopted", teacher="nobody"), world.root / "init")
+
+
+def test_a_student_drawn_at_random_does_not_depend_on_the_weights_of_a_teacher(world):
+    ensemble = SingleTeacher(kind="single", teacher="hubert", layers=(1,))
+    assert choose_targets(ensemble, world.root / "receipts", Random(kind="random"), world.root / "gone").init is None

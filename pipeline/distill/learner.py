@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -15,25 +15,11 @@ from pipeline.distill.batches import Batch, Crop
 from pipeline.distill.heads import PredictionHeads, initialise_heads
 from pipeline.distill.losses import LossTerms, distillation_loss
 from pipeline.distill.schedule import make_optimizer, rate_at
-from pipeline.layers.targets import SingleTeacher, Targets
+from pipeline.layers.targets import Adopted, Init, SingleTeacher, Targets
 from pipeline.padding import frame_mask
 from pipeline.student.adopt import copy_adopted
 from pipeline.student.encoder import Encoder, initialise
 from pipeline.student.shape import EncoderShape
-
-
-class Adopted(BaseModel, frozen=True, extra="forbid"):
-    """Start from a teacher's convolutions, projection, positions and first blocks."""
-
-    kind: Literal["adopted"]
-    """adopted: from the file given by --init."""
-
-
-class Random(BaseModel, frozen=True, extra="forbid"):
-    """Start from the seed."""
-
-    kind: Literal["random"]
-    """random: every weight is drawn."""
 
 
 class TrainParams(BaseModel, frozen=True, extra="forbid"):
@@ -74,7 +60,7 @@ class StudentParams(BaseModel, frozen=True, extra="forbid"):
 
     ensemble: SingleTeacher
     """Whose layers are predicted."""
-    init: Annotated[Adopted | Random, Field(discriminator="kind")]
+    init: Init
     """Where the first weights come from."""
     shape: EncoderShape
     """What the student is."""
@@ -117,9 +103,7 @@ class Learner(nn.Module):
         initialise_heads(self.heads, generator)
         if isinstance(params.init, Adopted):
             if init is None:
-                raise SettingsError(
-                    "init is {kind: adopted}, which needs a file: pass --init data/init/TEACHER.safetensors"
-                )
+                raise SettingsError("init is {kind: adopted}, which needs the teacher's weights: pass --init data/init")
             copy_adopted(self.encoder, init)
         self.to(self.device)
         self.optimizer = make_optimizer([self.encoder, self.heads], params.train.weight_decay)

@@ -23,9 +23,9 @@ from cache.ragged import Store
 from pipeline.distill.batches import Batch, BatchReader, plan_epoch
 from pipeline.distill.curves import Curves
 from pipeline.distill.interrupt import stop_requested
-from pipeline.distill.learner import Adopted, Learner, StudentParams, Update
+from pipeline.distill.learner import Learner, StudentParams, Update
 from pipeline.distill.state import Progress, Say, load_state, save_state
-from pipeline.layers.targets import Targets, open_targets, targets_json
+from pipeline.layers.targets import Adopted, Targets, open_targets, targets_json
 from pipeline.ordered import ordered_map
 from pipeline.student.checkpoint import save_student
 from pipeline.student.encoder import count_parameters

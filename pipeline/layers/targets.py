@@ -1,18 +1,18 @@
-"""Targets: receipts of stores in, exactly the arrays that one student reads out.
+"""Targets: receipts and starting weights of all teachers in, exactly what one student reads of them out.
 
-The result is the firewall between extraction and training: it names the store, the arrays and their digests and nothing
-else, so when another teacher, or a layer this student does not predict, is extracted anew its bytes stay and no
-student reruns.
+The result is the firewall between extraction and training: it names the store, the arrays and the starting weights by
+their digests and nothing else, so when another teacher, or a layer this student does not predict, is extracted anew
+its bytes stay and no student reruns.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
 from cache.errors import SettingsError, StoreError
-from cache.publish import read_json
+from cache.publish import digest_file, read_json
 from cache.ragged import Store, layer_name, layer_of
 from cache.receipts import open_arrays
 
@@ -30,9 +30,28 @@ class SingleTeacher(BaseModel, frozen=True, extra="forbid"):
     """Layers to predict, one head each, in this order; 0 is the transformer's input."""
 
 
+class Adopted(BaseModel, frozen=True, extra="forbid"):
+    """Start from a teacher's convolutions, projection, positions and first blocks."""
+
+    kind: Literal["adopted"]
+    """adopted: weights of a teacher under the student's names."""
+    teacher: str
+    """Whose; `decant teacher` wrote them as TEACHER.safetensors."""
+
+
+class Random(BaseModel, frozen=True, extra="forbid"):
+    """Start from the seed."""
+
+    kind: Literal["random"]
+    """random: every weight is drawn."""
+
+
+Init = Annotated[Adopted | Random, Field(discriminator="kind")]
+
+
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """What a student predicts: arrays of one store, one head per array."""
+    """What a student reads: arrays of one store, one head per array, and the weights it starts from."""
 
     key: str
     """Of the feature store."""
@@ -41,6 +60,8 @@ class Targets:
     """Array -> digest of its shards, in the order of the heads."""
     audio: str
     """Digest of the ids and samples that the store was made from (`Manifest.audio_digest`)."""
+    init: str | None
+    """SHA-256 of the file of the weights it starts from; None where all are drawn."""
 
     @property
     def num_heads(self) -> int:
@@ -48,11 +69,12 @@ class Targets:
         return len(self.arrays)
 
 
-def choose_targets(ensemble: SingleTeacher, receipts: Path) -> Targets:
-    """Find the arrays that an ensemble asks for in a folder of receipts.
+def choose_targets(ensemble: SingleTeacher, receipts: Path, init: Adopted | Random, weights: Path) -> Targets:
+    """Find the arrays that an ensemble asks for in a folder of receipts, and the start in a folder of weights.
 
     Raises:
-        SettingsError: no receipt of that teacher, or a layer that was not kept; the message names those there are.
+        SettingsError: no receipt or no weights of that teacher, or a layer that was not kept; the message names those
+            there are.
         StoreError: the file is no receipt of features.
     """
     path = receipts / f"{ensemble.teacher}.json"
@@ -83,7 +105,39 @@ def choose_targets(ensemble: SingleTeacher, receipts: Path) -> Targets:
         width=next(iter(chosen.values()))["width"],
         arrays={name: array["digest"] for name, array in chosen.items()},
         audio=receipt["fingerprint"]["audio"],
+        init=None if isinstance(init, Random) else digest_file(weights_of(init, weights)),
     )
+
+
+def weights_of(init: Adopted, weights: Path) -> Path:
+    """The file of the weights to adopt, in the folder that `decant teacher` writes them to.
+
+    Raises:
+        SettingsError: not there; the message names those there are.
+    """
+    path = weights / f"{init.teacher}.safetensors"
+    if not path.exists():
+        there = sorted(p.stem for p in weights.glob("*.safetensors"))
+        raise SettingsError(
+            f"init.teacher is {init.teacher!r} but {weights} has weights of {', '.join(there) or 'no teacher'}; "
+            f"choose one of them, or run `decant teacher {init.teacher}`"
+        )
+    return path
+
+
+def open_init(targets: Targets, init: Adopted | Random, weights: Path) -> Path | None:
+    """The file to start from, after checking that it is the one that was meant; None where all weights are drawn.
+
+    Raises:
+        SettingsError: not there.
+        StoreError: the targets were chosen with other weights.
+    """
+    if isinstance(init, Random):
+        return None
+    path = weights_of(init, weights)
+    if digest_file(path) != targets.init:
+        raise StoreError(f"{path} is not the file that the targets were chosen with; run `decant targets` again")
+    return path
 
 
 def targets_json(targets: Targets) -> dict[str, Any]:
@@ -95,6 +149,7 @@ def targets_json(targets: Targets) -> dict[str, Any]:
         "width": targets.width,
         "arrays": [{"name": name, "digest": digest} for name, digest in targets.arrays.items()],
         "audio": targets.audio,
+        "init": targets.init,
     }
 
 
@@ -113,6 +168,7 @@ def read_targets(path: Path) -> Targets:
         width=described["width"],
         arrays={array["name"]: array["digest"] for array in described["arrays"]},
         audio=described["audio"],
+        init=described["init"],
     )
 
 

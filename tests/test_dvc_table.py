@@ -1,0 +1,171 @@
+"""P4, the table of what reruns: real stages through real DVC on a corpus of a minute, one change after another."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+pytest.importorskip("dvc", reason="dvc is an optional part: pip install 'decant[dvc]'")
+pytest.importorskip("espeakng_loader", reason="the corpus is spoken: pip install 'decant[embedded]'")
+
+SIZES = {"conv_channels": [4, 4, 4, 4, 4, 4, 4], "width": 8, "ffn": 8, "position_kernel": 4, "position_groups": 2}
+
+
+def small_params():
+    """params.yaml as committed, every size cut down; three teachers, two students that learn from one each."""
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    espeak = params["prepare"]["sources"]["espeak"]
+    for voices in espeak["voices"].values():
+        voices["count"] = 2
+    espeak.update(keywords=["yes", "no"], repetitions=1, sentences_per_voice=4)
+    hubert = params["teachers"]["hubert"]
+    hubert["source"]["shape"].update(SIZES, layers=2, heads=2)
+    first = {**hubert["source"]["iterations"][0], "clusters": 4, "steps": 2}
+    hubert["source"].update(iterations=[first], batch_seconds=2.0, fit_frames=500)
+    params["teachers"] = {name: seeded(hubert, seed) for seed, name in enumerate(("first", "second", "spare"))}
+    student = params["students"]["distil"]
+    student["shape"].update(SIZES, heads=[2], head_width=4, ffn=[8])
+    student["train"].update(steps=2, batch_seconds=4.0, validate_every=2, checkpoint_every=2, log_every=1)
+    params["students"] = {"a": learning_from(student, "first"), "b": learning_from(student, "second")}
+    params["models"] = {name: {"path": f"models/{name}"} for name in params["students"]}
+    for probe in params["probes"].values():
+        probe.update(lrs=[0.01], seeds=[0], steps=4, validate_every=2)
+    return params
+
+
+def seeded(teacher, seed):
+    return {**teacher, "source": {**teacher["source"], "seed": seed}}
+
+
+def learning_from(student, teacher):
+    init = {**student["init"], "teacher": teacher} if "teacher" in student["init"] else student["init"]
+    return {**student, "ensemble": {"kind": "single", "teacher": teacher, "layers": [1, 2]}, "init": init}
+
+
+class Project:
+    """A checkout in a folder of its own."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.params = root, small_params()
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        # "1" would hide an ordering that only shows when hashes are salted; every process salts anew
+        self.environment = {**os.environ, "PATH": path, "PYTHONHASHSEED": "random", "DVC_NO_ANALYTICS": "1"}
+        self.environment.pop("DECANT_STORE", None)
+        for name in ("dvc.yaml", ".dvcignore", ".gitignore", "recipes/logmel.json", ".dvc/config"):
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, root / name)
+        self.write()
+        for command in ("init -q", "add -A", "-c user.name=t -c user.email=t@t commit -qm start"):
+            self.run("git", *command.split())
+
+    def write(self):
+        (self.root / "params.yaml").write_text(yaml.safe_dump(self.params, sort_keys=False))
+
+    def run(self, *command):
+        done = subprocess.run(command, cwd=self.root, env=self.environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout
+
+    def repro(self, *command):
+        """Run DVC; the stages that ran, in a set."""
+        output = self.run(sys.executable, "-m", "dvc", *(command or ("repro",)))
+        return set(re.findall(r"Running stage '([^']+)'", output))
+
+
+def judged(*models):
+    return {
+        f"{stage}@{m}{task}" for m in models for stage, task in [("features", ""), ("probe", "-kws"), ("probe", "-sid")]
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_change_reruns_what_depends_on_it_and_nothing_else(tmp_path):
+    project = Project(tmp_path)
+    params = project.params
+    of_teachers = {f"{stage}@{t}" for stage in ("teacher", "extract") for t in params["teachers"]}
+    of_students = {f"{stage}@{s}" for stage in ("targets", "distill") for s in params["students"]}
+    assert project.repro() == {"prepare", "report"} | of_teachers | of_students | judged("a", "b")
+    assert (tmp_path / "reports" / "index.html").exists()
+
+    assert project.repro() == set()  # nothing changed
+
+    # one student's setting, as an experiment
+    rerun = project.repro("exp", "run", "-S", "students.a.train.learning_rate=0.002")
+    assert rerun == {"distill@a", "report"} | judged("a")
+    params["students"]["a"]["train"] = {**params["students"]["a"]["train"], "learning_rate": 0.002}
+    project.write()
+    assert project.repro() == set()
+
+    # a teacher that no student uses
+    params["teachers"]["spare"]["source"]["seed"] = 7
+    project.write()
+    assert project.repro() == {"teacher@spare", "extract@spare", "targets@a", "targets@b", "report"}
+
+    # a teacher in use
+    params["teachers"]["second"]["source"]["seed"] = 8
+    project.write()
+    rerun = project.repro()
+    assert rerun == {"teacher@second", "extract@second", "targets@a", "targets@b", "distill@b", "report"} | judged("b")
+
+    # a probe's setting
+    params["probes"]["kws"]["steps"] = 6
+    project.write()
+    assert project.repro() == {"probe@a-kws", "probe@b-kws", "report"}
+
+    # a new student
+    params["students"]["c"] = {**params["students"]["b"], "seed": 5}
+    params["models"]["c"] = {"path": "models/c"}
+    project.write()
+    assert project.repro() == {"targets@c", "distill@c", "report"} | judged("c")
+
+    # a receipt whose store is gone: the stage makes the store again and the same receipt, and nothing downstream runs
+    receipt = (tmp_path / "receipts" / "teachers" / "first.json").read_text()
+    shutil.rmtree(tmp_path / "store" / "features" / yaml.safe_load(receipt)["key"])
+    assert project.repro("repro", "-f", "-s", "extract@first") == {"extract@first"}
+    assert (tmp_path / "receipts" / "teachers" / "first.json").read_text() == receipt
+    assert project.repro() == set()
+
+
+def test_every_path_of_dvc_yaml_is_written_by_one_stage_and_every_setting_exists():
+    """What DVC would only find out an hour later: a dependency nobody makes, a params key that is not there."""
+    params, stages = (
+        yaml.safe_load((ROOT / "params.yaml").read_text()),
+        yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"],
+    )
+    assert set(params["models"]) >= set(params["students"])
+    for name, stage in stages.items():
+        body = stage.get("do", stage)
+        assert body["cmd"].split()[0] == "decant"
+        assert (ROOT / "stages" / f"{body['cmd'].split()[1]}.py").exists(), name
+        for key in body.get("params", []):
+            assert key.split(".")[0] in params, key
+
+
+def test_the_committed_params_are_what_the_stages_read():
+    from pipeline.distill.learner import StudentParams
+    from pipeline.extract import ExtractParams, Keep
+    from pipeline.prepare import PrepareParams
+    from pipeline.tasks.probe import ProbeParams
+    from pipeline.teachers.sources import Source
+    from stages._params import lookup, read_params
+
+    files = [ROOT / "params.yaml", *sorted((ROOT / "recipes").glob("*.yaml"))]
+    assert len(files) > 1
+    for file in files:
+        read_params("prepare", PrepareParams, file)
+        read_params("extract", ExtractParams, file)
+        read_params("features", Keep, file)
+        for teacher in lookup("teachers", file):
+            read_params(f"teachers.{teacher}.source", Source, file)
+            read_params(f"teachers.{teacher}.keep", Keep, file)
+        for student in lookup("students", file):
+            read_params(f"students.{student}", StudentParams, file)
+        for task in lookup("probes", file):
+            read_params(f"probes.{task}", ProbeParams, file)
