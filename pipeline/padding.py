@@ -1,7 +1,7 @@
 """Waveforms of different length in, one padded batch and its masks out, and the norm that does not see the padding.
 
 Base models normalise the first convolution's output over time (GroupNorm with one channel a group), so the zeros of padding
-change every frame of an utterance: padding a 3 s utterance to 6 s moved features by 28 % (docs/methods/exactness.md).
+change every frame of an utterance: padding a 3 s utterance to 6 s moved features by 28 % (docs/decisions/0005).
 Computing the statistics over the valid positions alone makes any batch equal to the utterance alone.
 """
 
