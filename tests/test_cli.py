@@ -10,7 +10,7 @@ import pytest
 from stages.__main__ import STAGES
 
 ROOT = Path(__file__).parent.parent
-HEAVY = ("torch", "torchaudio", "transformers", "numpy", "pydantic", "zarr", "yaml", "sklearn", "matplotlib", "rich")
+HEAVY = ("torch", "torchaudio", "transformers", "numpy", "zarr", "yaml", "sklearn", "matplotlib", "rich")
 
 
 def decant(*arguments, cwd=ROOT, **environment):

@@ -2,8 +2,6 @@
 
 import json
 import multiprocessing
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -145,7 +143,7 @@ def test_too_many_bad_recordings_end_the_run_and_publish_nothing(corpora):
     ):
         run(corpora, max_bad_fraction=0.05)
     assert len((corpora / "quarantine.jsonl").read_text().splitlines()) == 1
-    assert list((corpora / "store" / "waves").iterdir()) == []
+    assert [p.name for p in (corpora / "store" / "waves").iterdir()] == ["writer.lock"]
 
 
 def test_a_corpus_of_bad_recordings_alone_is_refused_whatever_the_fraction(corpora):
@@ -223,7 +221,7 @@ def test_a_speaking_process_that_is_killed_ends_the_run_with_one_line(corpora):
 
     with pytest.raises(ResourceError, match=r"a process that speaks .* was killed .*smaller prepare.workers"):
         prepare(PrepareParams.model_validate(values), corpora / "store" / "waves", corpora / "q.jsonl", kill)
-    assert list((corpora / "store" / "waves").iterdir()) == []
+    assert [p.name for p in (corpora / "store" / "waves").iterdir()] == ["writer.lock"]
 
 
 def test_the_table_of_corpora_counts_by_hand(corpora):
@@ -231,12 +229,3 @@ def test_the_table_of_corpora_counts_by_hand(corpora):
         "books: 4 utterances, 0.00 h, 1 speakers; test 4",
         "commands: 6 utterances, 0.00 h, 3 speakers; train 2, dev 2, test 2; kws train 2, dev 2, test 2",
     ]
-
-
-def test_preparing_needs_no_torch(corpora):
-    """Its start alone takes longer than a small corpus."""
-    write_params(corpora, settings(corpora))
-    code = "import sys; from stages.prepare import app; app(standalone_mode=False); sys.exit('torch' in sys.modules)"
-    command = [sys.executable, "-c", code, *arguments(corpora)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr

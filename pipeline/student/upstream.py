@@ -11,6 +11,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from pipeline.student.checkpoint import load_student, student_digest
+from pipeline.student.encoder import count_parameters
 
 
 class StudentUpstream:
@@ -36,6 +37,9 @@ class StudentUpstream:
         return {
             "kind": "student",
             "digest": self.digest,
+            "layers": self.num_layers,
+            "width": self.width,
+            "num_params": count_parameters(self.encoder),
             "normalise": self.encoder.shape.normalise,
             "precision": "float32",
             "attention": "sdpa",
