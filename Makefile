@@ -35,7 +35,7 @@ lint: env
 
 # The table of the README, from the reports of the last run.
 readme: env
-	decant report --manifest data/manifest.jsonl --waves receipts/waves.json --quarantine data/quarantine.jsonl \
+	decant report --manifest data/manifest.jsonl --waves receipts/waves.json --quarantine data/quarantine.json \
 	  --receipts receipts/teachers --features receipts/features --models models --probes reports/probe --out reports \
 	  --readme README.md
 

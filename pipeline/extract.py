@@ -48,7 +48,7 @@ class Keep(BaseModel, frozen=True, extra="forbid"):
     """All utterances, or those with a probe label."""
 
 
-Tick = Callable[[float], None]
+Tick = Callable[..., None]
 
 
 def extract(
@@ -69,7 +69,7 @@ def extract(
         params: how features are stored.
         keep: which layers of which utterances.
         device: where the model is.
-        tick: told the audio-seconds of each shard as it is committed (or found committed).
+        tick: told the audio-seconds of each shard as it is committed, and with found=True of those found committed.
 
     Raises:
         SettingsError: a layer the model does not have, or an utterance larger than a shard.
@@ -108,7 +108,7 @@ def extract(
         seconds = [
             chosen.samples[list(writer.plan.utterances(s))].sum() / RATE_HZ for s in range(writer.plan.num_shards)
         ]
-        tick(float(sum(seconds[s] for s in range(writer.plan.num_shards) if s not in todo)))
+        tick(float(sum(seconds[s] for s in range(writer.plan.num_shards) if s not in todo)), found=True)
         # One shard is written while the next is computed; waiting for it bounds memory to two shards.
         with ThreadPoolExecutor(1) as behind:
             pending: Future[None] | None = None

@@ -5,7 +5,6 @@ more than a few in memory. What cannot be used is quarantined by name; too much 
 published.
 """
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ from pydantic import BaseModel, Field
 from cache.errors import DataError, ResourceError
 from cache.frames import RATE_HZ
 from cache.manifest import SPLITS, Manifest, Utterance
-from cache.publish import publish_file
+from cache.publish import write_json
 from cache.receipts import make_receipt, store_key
 from cache.writer import WaveWriter
 from pipeline.audio import AudioParams, Decoded, Quarantine, decode
@@ -88,7 +87,7 @@ def prepare(
                 utterances.append(utterance_of(item, audio, writer.add(item.id, audio.wave)))
             if tick is not None:
                 tick(1, item.corpus)
-        write_quarantined(quarantine, quarantined)
+        write_json(quarantine, [row._asdict() for row in quarantined])
         refuse_too_many(quarantined, len(first_path), params.max_bad_fraction, quarantine)
         manifest = Manifest(tuple(utterances))
         fingerprint = {"audio": manifest.audio_digest}
@@ -132,13 +131,6 @@ def utterance_of(item: Item, audio: Decoded, digest: str) -> Utterance:
         phones=item.phones,
         keyword=item.keyword,
     )
-
-
-def write_quarantined(path: Path, quarantined: list[Quarantined]) -> None:
-    """One JSON line per recording that is not used; an empty file if all are."""
-    with publish_file(path) as partial:
-        rows = (json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in quarantined)
-        partial.write_text("".join(rows), encoding="utf-8")
 
 
 def refuse_too_many(quarantined: list[Quarantined], total: int, max_bad_fraction: float, path: Path) -> None:

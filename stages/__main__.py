@@ -1,7 +1,8 @@
 """The console script `decant`: one command per stage; an error a user can cause is one line and an exit code.
 
 Exit codes: 0 done; 1 a defect of ours; 2 a setting or option; 3 input data; 4 a store or model on disk; 5 the machine
-(disk, permission, lock); 75 stopped on request with its state saved; 130 interrupted from the keyboard (distillation saves its state first and gives 75).
+(disk, permission, lock); 75 stopped on request with its state saved; 130 interrupted from the keyboard (distillation
+saves its state first and gives 75).
 """
 
 import os

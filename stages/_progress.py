@@ -10,7 +10,7 @@ PLAIN_SECONDS = 10.0  # seconds between lines where there is no terminal
 
 @contextmanager
 def progress(title: str, total: float, unit: str) -> Iterator[Callable[..., None]]:
-    """Give `tick(amount, note="")`: `amount` of `total` more is done.
+    """Give `tick(amount, note="", found=False)`: `amount` of `total` more is done, or was found done by an earlier run.
 
     On a terminal a bar with rate and time left; otherwise a line every ten seconds and one at the end.
     """
@@ -29,8 +29,8 @@ def progress(title: str, total: float, unit: str) -> Iterator[Callable[..., None
             task = bar.add_task(title, total=total, unit=unit, rate="", note="")
             meter = _Meter(total)
 
-            def tick(amount: float, note: str = "") -> None:
-                meter.add(amount)
+            def tick(amount: float, note: str = "", found: bool = False) -> None:
+                meter.add(amount, found)
                 bar.update(task, advance=amount, rate=f"{meter.rate():,.0f} {unit}/s", note=note)
 
             yield tick
@@ -38,9 +38,9 @@ def progress(title: str, total: float, unit: str) -> Iterator[Callable[..., None
     meter = _Meter(total)
     last = time.monotonic()
 
-    def tick_plain(amount: float, note: str = "") -> None:
+    def tick_plain(amount: float, note: str = "", found: bool = False) -> None:
         nonlocal last
-        meter.add(amount)
+        meter.add(amount, found)
         if time.monotonic() - last >= PLAIN_SECONDS:
             last = time.monotonic()
             print(f"{title}: {meter.line(unit)} {note}".rstrip(), flush=True)
@@ -50,24 +50,24 @@ def progress(title: str, total: float, unit: str) -> Iterator[Callable[..., None
 
 
 class _Meter:
-    """Amount done and its rate. The first tick may be work found done, so it does not count towards the rate."""
+    """Amount done and its rate; what was found done is no part of the rate."""
 
     def __init__(self, total: float) -> None:
         self.total, self.done, self.found = total, 0.0, 0.0
-        self.ticks = 0
         self.start = time.monotonic()
 
-    def add(self, amount: float) -> None:
-        if self.ticks == 0 and time.monotonic() - self.start < 0.05:
-            self.found = amount
-        self.ticks += 1
+    def add(self, amount: float, found: bool) -> None:
         self.done += amount
+        if found:
+            self.found += amount
 
     def rate(self) -> float:
         return (self.done - self.found) / max(time.monotonic() - self.start, 1e-9)
 
     def line(self, unit: str) -> str:
+        if self.done == self.found:
+            return f"{self.done:,.0f}/{self.total:,.0f} {unit}" + (", found done" if self.found else "")
         rate = self.rate()
-        left = (self.total - self.done) / rate if rate > 0 else 0.0
-        tail = f", {left:,.0f} s left" if self.done < self.total else ""
-        return f"{self.done:,.0f}/{self.total:,.0f} {unit} ({rate:,.0f}/s{tail})"
+        tail = f", {(self.total - self.done) / rate:,.0f} s left" if self.done < self.total else ""
+        found = f", {self.found:,.0f} found done" if self.found else ""
+        return f"{self.done:,.0f}/{self.total:,.0f} {unit} ({rate:,.0f}/s{tail}{found})"

@@ -47,7 +47,7 @@ class Shifting:
 
 
 def run(model, corpus, params=PARAMS, keep=ALL, manifest=None):
-    return extract(model, manifest or corpus.manifest, corpus.waves, params, keep, "cpu", lambda seconds: None)
+    return extract(model, manifest or corpus.manifest, corpus.waves, params, keep, "cpu", lambda *_, **__: None)
 
 
 @pytest.mark.parametrize("batch_seconds", [0.01, 1.7, 100.0])

@@ -1,6 +1,5 @@
 """decant prepare: sources into a manifest, a wave store and a quarantine."""
 
-import json
 import multiprocessing
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from typer.testing import CliRunner
 
 from cache.errors import DataError, ResourceError, SettingsError
 from cache.manifest import read_manifest
+from cache.publish import read_json
 from cache.receipts import open_receipt
 from pipeline.audio import AudioParams
 from pipeline.corpora.librispeech import LibriSpeechParams
@@ -64,7 +64,7 @@ def settings(root: Path, max_bad_fraction: float = 0.0, workers: int = 2) -> Pre
 
 
 def run(root: Path, **changes):
-    return prepare(settings(root, **changes), root / "store" / "waves", root / "quarantine.jsonl")
+    return prepare(settings(root, **changes), root / "store" / "waves", root / "quarantine.json")
 
 
 def write_params(root: Path, params: PrepareParams) -> Path:
@@ -73,7 +73,7 @@ def write_params(root: Path, params: PrepareParams) -> Path:
 
 
 def arguments(root: Path) -> list[str]:
-    places = {"out": "data/manifest.jsonl", "waves": "receipts/waves.json", "quarantine": "data/quarantine.jsonl"}
+    places = {"out": "data/manifest.jsonl", "waves": "receipts/waves.json", "quarantine": "data/quarantine.json"}
     return [*(f"--{name}={root / place}" for name, place in places.items()), f"--params={root / 'params.yaml'}"]
 
 
@@ -92,7 +92,7 @@ def test_the_command_writes_a_manifest_and_the_very_samples(corpora):
     book = manifest.by_id["books/test-clean/1089-134686-0000"]
     assert (book.rate_hz, book.file_samples, book.samples) == (22_050, 22_050, 16_000)
     assert (book.speaker, book.text, book.split, book.tasks) == ("1089", "SOME WORDS", "test", {})
-    assert (corpora / "data" / "quarantine.jsonl").read_text() == ""
+    assert read_json(corpora / "data" / "quarantine.json") == []
     assert (
         "commands: 6 utterances, 0.00 h, 3 speakers; train 2, dev 2, test 2; kws train 2, dev 2, test 2"
         in result.stdout
@@ -117,7 +117,7 @@ def test_bad_recordings_are_left_out_by_name_and_counted(corpora):
     (corpora / "commands" / "up" / "00000000_nohash_0.wav").write_text("<html>")
     write_params(corpora, settings(corpora, max_bad_fraction=0.2))
     result = CliRunner().invoke(app, arguments(corpora), catch_exceptions=False)
-    rows = [json.loads(line) for line in (corpora / "data" / "quarantine.jsonl").read_text().splitlines()]
+    rows = read_json(corpora / "data" / "quarantine.json")
     assert [(r["id"], r["path"]) for r in rows] == [("commands/up/00000000_nohash_0", "up/00000000_nohash_0.wav")]
     assert "web page" in rows[0]["reason"]
     assert "quarantined commands/up/00000000_nohash_0 (up/00000000_nohash_0.wav): cannot be decoded" in result.stdout
@@ -139,10 +139,10 @@ def test_too_many_bad_recordings_end_the_run_and_publish_nothing(corpora):
     with pytest.raises(
         DataError,
         match=r"1 of 11 recordings cannot be used, more than prepare.max_bad_fraction = 0.05 allows; "
-        r"the first is commands/up/00000000_nohash_0: the file is empty \(0 bytes\); all are in .*quarantine.jsonl",
+        r"the first is commands/up/00000000_nohash_0: the file is empty \(0 bytes\); all are in .*quarantine.json",
     ):
         run(corpora, max_bad_fraction=0.05)
-    assert len((corpora / "quarantine.jsonl").read_text().splitlines()) == 1
+    assert len(read_json(corpora / "quarantine.json")) == 1
     assert [p.name for p in (corpora / "store" / "waves").iterdir()] == ["writer.lock"]
 
 

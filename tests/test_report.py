@@ -114,7 +114,7 @@ def write_score(run: Path, model: str, task: str, mean: float) -> None:
 def write_run(run: Path) -> dict[str, Path]:
     """A run as the stages leave it: one teacher, three students (one untrained), a log-mel baseline, two tasks."""
     write_manifest(run / "data" / "manifest.jsonl", Manifest(tuple(utterance(number) for number in range(600))))
-    (run / "data" / "quarantine.jsonl").write_text('{"id": "espeak/9999", "path": "9999.wav", "reason": "empty"}\n')
+    write_json(run / "data" / "quarantine.json", [{"id": "espeak/9999", "path": "9999.wav", "reason": "empty"}])
     write_json(run / "receipts" / "waves.json", receipt("waves", {}, ["wave"], None, "int16"))
     for name, (kind, layers, width, num_params, kws, sid) in MODELS.items():
         model = {"kind": kind, "digest": name, "num_params": num_params, "width": width, "layers": layers}
@@ -140,7 +140,7 @@ def write_run(run: Path) -> dict[str, Path]:
         write_score(run, name, "sid", sid)
     return {
         "manifest": run / "data" / "manifest.jsonl",
-        "quarantine": run / "data" / "quarantine.jsonl",
+        "quarantine": run / "data" / "quarantine.json",
         "waves": run / "receipts" / "waves.json",
         "receipts": run / "receipts",
         "features": run / "features",
@@ -320,7 +320,7 @@ def test_many_models_and_deep_ones_still_make_a_page(own):
         ("models", r"models holds no student .* run `decant distill`"),
         ("receipts", r"receipts holds no receipt of a teacher; run `decant extract`"),
         ("waves", r"waves.json does not exist"),
-        ("quarantine", r"quarantine.jsonl does not exist; `decant prepare` writes it"),
+        ("quarantine", r"quarantine.json does not exist; `decant prepare` writes it"),
         ("manifest", r"manifest.jsonl does not exist; write it with `decant prepare`"),
     ],
 )

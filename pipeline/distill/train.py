@@ -161,7 +161,7 @@ def _train(
             curves.add(step=0, **_dev_columns(progress))
         elif progress.step < train.steps:
             say(f"going on after step {progress.step} of {train.steps}")
-        tick(progress.step)
+        tick(progress.step, found=True)
         while progress.step < train.steps:
             plan = plan_epoch(readers["train"].manifest.samples, train.crop, train.batch_seconds, seed, progress.epoch)
             for batch in ordered_map(executor, readers["train"].read, plan[progress.position :], AHEAD):

@@ -6,7 +6,6 @@ stale looks exactly like one in which none is.
 """
 
 import csv
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -180,14 +179,10 @@ def _corpora(manifest: Manifest, quarantine: Path) -> list[Corpus]:
     """One row a corpus; recordings that could not be used are told by the corpus that leads their id."""
     if not quarantine.exists():
         raise StoreError(f"{quarantine} does not exist; `decant prepare` writes it beside the manifest")
-    refused: Counter[str] = Counter()
-    for number, line in enumerate(quarantine.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            refused[str(json.loads(line)["id"]).split("/")[0]] += 1
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise StoreError(
-                f"{quarantine}, line {number} is not a quarantine row; run `decant prepare` again"
-            ) from error
+    try:
+        refused = Counter(row["id"].split("/")[0] for row in read_json(quarantine))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise StoreError(f"{quarantine} is not a list of quarantined recordings; run `decant prepare` again") from error
     rows = []
     for name in sorted({utterance.corpus for utterance in manifest} | set(refused)):
         members = [utterance for utterance in manifest if utterance.corpus == name]

@@ -38,8 +38,8 @@ tbody tr + tr > * { border-top: 1px solid var(--hair); }
 .num { text-align: right; }
 .results thead tr:first-child th { border-bottom: 0; padding-bottom: 3px; }
 .results thead th.task[colspan] { color: var(--ink); font-weight: 600; font-size: 14px; }
-.results .task { padding-left: 44px; }
-.results thead th.task[colspan] { text-align: left; padding-left: 44px; }
+.results .task { padding-left: 36px; }
+.results thead th.task[colspan] { text-align: left; padding-left: 36px; }
 .results .group th { font-size: 12.5px; color: var(--wine); font-weight: 600; padding-top: 22px; }
 .results tbody tr.group:first-child th { padding-top: 14px; }
 .results tr.group + tr > *, .results tr:has(+ tr.group) > * { border-bottom-color: var(--hair); }
@@ -48,10 +48,10 @@ tbody tr + tr > * { border-top: 1px solid var(--hair); }
 .results tbody th[scope=row] { font-weight: 600; }
 .results .sd { color: var(--muted); display: inline-block; min-width: 3.6em; text-align: left; padding-left: 0.45em; }
 .results td.task b { font-weight: 700; color: var(--wine); }
-.results .plot { width: 132px; padding-left: 12px; }
+.results .plot { width: 112px; padding-left: 12px; }
 .results thead .plot { font-size: 11px; }
 .results thead .plot i { float: right; font-style: normal; }
-.results .plot svg { display: block; width: 120px; height: 16px; position: relative; top: 3px; }
+.results .plot svg { display: block; width: 100px; height: 16px; position: relative; top: 3px; }
 .axis { stroke: var(--hair); stroke-width: 1; } .tick { stroke: var(--muted); stroke-width: 1; }
 .bar { stroke: var(--wine); stroke-width: 1.6; } .plot circle { fill: var(--wine); }
 .results .num.lr { color: var(--muted); padding-right: 0.6em; } .lr abbr { text-decoration: none; margin-right: -0.45em; }
