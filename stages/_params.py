@@ -31,15 +31,16 @@ def lookup(key: str, params: Path) -> Any:
     Raises:
         SettingsError: the file or a part of the key is missing; the nearest name is offered.
     """
-    import yaml
+    from ruamel.yaml import YAML, YAMLError
 
     from cache.errors import SettingsError
 
     try:
-        value: Any = yaml.safe_load(params.read_text(encoding="utf-8"))
+        # YAML 1.2, as DVC reads and writes it: `dvc exp run -S` takes the quotes off "yes", which 1.1 then calls a boolean
+        value: Any = YAML(typ="safe", pure=True).load(params.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SettingsError(f"{params} does not exist; run from the project's root or pass --params") from None
-    except yaml.YAMLError as error:
+    except YAMLError as error:
         raise SettingsError(f"{params} is not valid YAML: {' '.join(str(error).split())}") from None
     walked: list[str] = []
     for part in key.split("."):

@@ -31,7 +31,7 @@ def small_params():
     params["teachers"] = {name: seeded(hubert, seed) for seed, name in enumerate(("first", "second", "spare"))}
     student = params["students"]["distil"]
     student["shape"].update(SIZES, heads=[2], head_width=4, ffn=[8])
-    student["train"].update(steps=2, batch_seconds=4.0, validate_every=2, checkpoint_every=2, log_every=1)
+    student["train"].update(steps=2, batch_seconds=8.0, validate_every=2, checkpoint_every=2, log_every=1)
     params["students"] = {"a": learning_from(student, "first"), "b": learning_from(student, "second")}
     params["models"] = {name: {"path": f"models/{name}"} for name in params["students"]}
     for probe in params["probes"].values():
@@ -46,6 +46,13 @@ def seeded(teacher, seed):
 def learning_from(student, teacher):
     init = {**student["init"], "teacher": teacher} if "teacher" in student["init"] else student["init"]
     return {**student, "ensemble": {"kind": "single", "teacher": teacher, "layers": [1, 2]}, "init": init}
+
+
+class PlainDumper(yaml.SafeDumper):
+    """Without anchors: `dvc exp run -S` loses changes to nodes that are shared."""
+
+    def ignore_aliases(self, data):
+        return True
 
 
 class Project:
@@ -65,7 +72,8 @@ class Project:
             self.run("git", *command.split())
 
     def write(self):
-        (self.root / "params.yaml").write_text(yaml.safe_dump(self.params, sort_keys=False))
+        text = yaml.dump(self.params, Dumper=PlainDumper, sort_keys=False)
+        (self.root / "params.yaml").write_text(text)
 
     def run(self, *command):
         done = subprocess.run(command, cwd=self.root, env=self.environment, capture_output=True, text=True, check=False)
@@ -99,9 +107,8 @@ def test_a_change_reruns_what_depends_on_it_and_nothing_else(tmp_path):
     # one student's setting, as an experiment
     rerun = project.repro("exp", "run", "-S", "students.a.train.learning_rate=0.002")
     assert rerun == {"distill@a", "report"} | judged("a")
+    assert project.repro() == set()  # the experiment is in the workspace, and DVC's rewriting of params.yaml changed no value
     params["students"]["a"]["train"] = {**params["students"]["a"]["train"], "learning_rate": 0.002}
-    project.write()
-    assert project.repro() == set()
 
     # a teacher that no student uses
     params["teachers"]["spare"]["source"]["seed"] = 7
