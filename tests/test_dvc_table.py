@@ -107,7 +107,9 @@ def test_a_change_reruns_what_depends_on_it_and_nothing_else(tmp_path):
     # one student's setting, as an experiment
     rerun = project.repro("exp", "run", "-S", "students.a.train.learning_rate=0.002")
     assert rerun == {"distill@a", "report"} | judged("a")
-    assert project.repro() == set()  # the experiment is in the workspace, and DVC's rewriting of params.yaml changed no value
+    assert (
+        project.repro() == set()
+    )  # the experiment is in the workspace, and DVC's rewriting of params.yaml changed no value
     params["students"]["a"]["train"] = {**params["students"]["a"]["train"], "learning_rate": 0.002}
 
     # a teacher that no student uses

@@ -1,8 +1,10 @@
 """A run in; the tables and paragraphs of the page out, as HTML fragments."""
 
 from html import escape
+from io import StringIO
+from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
 
 from cache.manifest import SPLITS
 from pipeline.report import wording
@@ -268,4 +270,9 @@ def settings(run: Run) -> str:
 
 
 def _yaml(values: dict[str, object]) -> str:
-    return yaml.safe_dump(values, sort_keys=False, default_flow_style=None, allow_unicode=True, width=100)
+    """Settings as a person would type them."""
+    writer: Any = YAML(typ="safe", pure=True)
+    writer.default_flow_style, writer.width, writer.sort_base_mapping_type_on_output = None, 100, False
+    text = StringIO()
+    writer.dump(values, text)
+    return text.getvalue()

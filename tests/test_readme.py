@@ -1,0 +1,46 @@
+"""The README: its commands exist, its links lead somewhere, and its table is the one a run writes."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from pipeline.report.tables import BEGIN, END
+from stages.__main__ import STAGES
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_every_command_it_names_exists():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"\bmake ([a-z]+)", README)) <= targets
+    assert set(re.findall(r"\bdecant ([a-z]+)", README)) <= set(STAGES)
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", *[str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs").rglob("*.md"))]]
+)
+def test_every_local_link_leads_to_a_file(page):
+    text = (ROOT / page).read_text()
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+        if not link.startswith("http"):
+            assert ((ROOT / page).parent / link).exists(), link
+    for path in re.findall(r"`((?:docs|recipes|cache|pipeline|stages|tests|benchmarks)/[\w./-]+)`", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_its_table_has_every_row_the_issue_of_a_baseline_needs():
+    """Written by `make readme`; the student lies above the untrained one and log-mel on keywords, and near its teacher."""
+    table = README.split(BEGIN)[1].split(END)[0]
+    rows = {
+        cells[1].split()[0]: cells
+        for cells in ([c.strip() for c in line.split("|")] for line in table.splitlines())
+        if len(cells) > 4
+    }
+    keywords = {
+        name: float(re.sub(r"[*]", "", rows[name][4]).split()[0]) for name in ("hubert", "distil", "random", "logmel")
+    }
+    assert keywords["hubert"] >= keywords["logmel"] + 10
+    assert keywords["distil"] >= 0.95 * keywords["hubert"]
+    assert keywords["distil"] > max(keywords["random"], keywords["logmel"])
