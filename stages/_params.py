@@ -62,7 +62,9 @@ def _nearest(name: str, choices: list[str]) -> str:
 
 def _explain(key: str, model: Any, section: Any, error: Any) -> str:
     """The first failure as one line; how many more there are."""
-    first = error.errors()[0]
+    errors = error.errors()
+    # a misspelt key is two failures, one unknown and one missing: the unknown one tells more
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     location = [str(part) for part in first["loc"]]
     full = ".".join([key, *_as_typed(first["loc"], section)])
     if first["type"] == "extra_forbidden":
