@@ -36,6 +36,15 @@ def frames_of_samples(samples: Int64[Tensor, " B"]) -> Int64[Tensor, " B"]:
     return torch.div(samples - FIELD, HOP, rounding_mode="floor") + 1
 
 
+def normalise_waves(waves: Float[Tensor, "B S"], samples: Int64[Tensor, " B"]) -> Float[Tensor, "B S"]:
+    """Each waveform to zero mean and unit variance over its own samples; padding becomes zero."""
+    mask = frame_mask(samples, waves.shape[1])
+    count = samples[:, None].to(waves.dtype)
+    centred = (waves - (waves * mask).sum(1, keepdim=True) / count) * mask
+    variance = centred.square().sum(1, keepdim=True) / count
+    return centred * torch.rsqrt(variance + 1e-7)  # the 1e-7 of transformers' Wav2Vec2FeatureExtractor
+
+
 class LengthMaskedGroupNorm(nn.Module):
     """`nn.GroupNorm(C, C)` over time whose statistics leave out the padding.
 

@@ -15,6 +15,16 @@ from cache.ragged import Store
 from cache.receipts import make_receipt, open_receipt, store_key
 from cache.writer import WaveWriter
 
+TINY_HUBERT = {  # sizes of a transformers configuration: odd ones, so that a wrong axis shows
+    "conv_dim": (8, 8, 8, 8, 8, 8, 12),
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "intermediate_size": 40,
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4,
+}
+
 
 @dataclass(frozen=True)
 class TinyCorpus:

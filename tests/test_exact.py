@@ -9,23 +9,14 @@ from cache.receipts import open_receipt
 from pipeline.extract import ExtractParams, Keep, extract
 from pipeline.teachers.forward import load_teacher
 from pipeline.teachers.sources import Folder, TeacherParams, materialise
-
-SIZES = {
-    "conv_dim": (8, 8, 8, 8, 8, 8, 12),
-    "hidden_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 3,
-    "intermediate_size": 40,
-    "num_conv_pos_embeddings": 16,
-    "num_conv_pos_embedding_groups": 4,
-}
+from tests.conftest import TINY_HUBERT
 
 
 @pytest.fixture
 def hubert(tmp_path):
     """A random HuBERT with a group norm over time, as a folder of the hub; and the folder pinned."""
     torch.manual_seed(0)
-    model = transformers.HubertModel(transformers.HubertConfig(**SIZES)).eval()
+    model = transformers.HubertModel(transformers.HubertConfig(**TINY_HUBERT)).eval()
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
     model.save_pretrained(tmp_path / "source")

@@ -6,11 +6,13 @@ from torch import nn
 
 from cache.errors import SettingsError, StoreError
 from cache.publish import read_json, write_json
+from pipeline.padding import normalise_waves
 from pipeline.student.adopt import adopt, copy_adopted, read_shape
 from pipeline.student.checkpoint import load_student, save_student
-from pipeline.student.encoder import Encoder, count_parameters, initialise, normalise_waves
+from pipeline.student.encoder import Encoder, count_parameters, initialise
 from pipeline.student.shape import DropoutRates, EncoderShape
 from pipeline.student.upstream import load_student_upstream
+from tests.conftest import TINY_HUBERT
 
 NO_DROPOUT = DropoutRates(features=0.0, hidden=0.0, attention=0.0, activation=0.0)
 TINY = EncoderShape(
@@ -54,17 +56,8 @@ def hf_model(family="hubert", **changes):
         "wav2vec2": (transformers.Wav2Vec2Config, transformers.Wav2Vec2Model),
         "wavlm": (transformers.WavLMConfig, transformers.WavLMModel),
     }[family]
-    tiny = {
-        "conv_dim": (8, 8, 8, 8, 8, 8, 12),
-        "hidden_size": 24,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 3,
-        "intermediate_size": 40,
-        "num_conv_pos_embeddings": 16,
-        "num_conv_pos_embedding_groups": 4,
-    }
     torch.manual_seed(0)
-    model = model(config(**{**tiny, **changes})).eval()
+    model = model(config(**{**TINY_HUBERT, **changes})).eval()
     for parameter in model.parameters():  # biases and norms too, so that a swapped pair shows
         parameter.data += 0.05 * torch.randn_like(parameter)
     return model

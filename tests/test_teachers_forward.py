@@ -10,21 +10,14 @@ from safetensors.torch import load_file, save_file
 from torchaudio.models.wav2vec2.utils import import_huggingface_model
 
 from cache.errors import StoreError
+from pipeline.padding import normalise_waves
 from pipeline.teachers.families import FAMILIES
-from pipeline.teachers.forward import load_teacher, normalise_waves
+from pipeline.teachers.forward import load_teacher
 from pipeline.teachers.sources import Folder, TeacherParams, materialise
+from tests.conftest import TINY_HUBERT
 
 pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")  # in WavLM's own call
 
-TINY = {
-    "conv_dim": (8, 8, 8, 8, 8, 8, 12),
-    "hidden_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 3,
-    "intermediate_size": 40,
-    "num_conv_pos_embeddings": 16,
-    "num_conv_pos_embedding_groups": 4,
-}
 FRONTS = {
     "base": {"do_stable_layer_norm": False, "feat_extract_norm": "group", "conv_bias": False},
     "large": {"do_stable_layer_norm": True, "feat_extract_norm": "layer", "conv_bias": True},
@@ -36,7 +29,7 @@ def make_folder(path, family, front, **changes):
     """A random model of a family as transformers saves it; norms and biases are random too."""
     make_config, make_model, _ = FAMILIES[family]
     torch.manual_seed(0)
-    model = make_model(make_config(**{**TINY, **FRONTS[front], **changes})).eval()
+    model = make_model(make_config(**{**TINY_HUBERT, **FRONTS[front], **changes})).eval()
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
     model.save_pretrained(path)
@@ -100,7 +93,7 @@ def test_the_stock_group_norm_would_not_give_the_same_layers(tmp_path):
 
 @pytest.mark.slow
 def test_hubert_of_base_size_has_the_same_layers_in_any_batch(tmp_path):
-    base = {key: getattr(transformers.HubertConfig(), key) for key in TINY}
+    base = {key: getattr(transformers.HubertConfig(), key) for key in TINY_HUBERT}
     teacher, _ = make_teacher(tmp_path, "hubert", "base", **base)
     assert teacher.pinned.num_params == 94_370_944  # without the masked embedding, as published tables count
     assert_same_alone_and_together(teacher, *speech_like(32_000, 12_345))
@@ -124,7 +117,7 @@ def test_block_outputs_equal_those_of_torchaudio(tmp_path, family, front):
     teacher, model = make_teacher(tmp_path, family, front)
     reference = import_huggingface_model(model).eval()
     wave, samples = speech_like(8_000)
-    given = normalise_waves(wave, torch.ones_like(wave, dtype=torch.bool)) if front == "large" else wave
+    given = normalise_waves(wave, torch.tensor([wave.shape[1]])) if front == "large" else wave
     with torch.no_grad():
         expected, _ = reference.extract_features(given)
     assert len(expected) == teacher.num_layers - 1
@@ -137,7 +130,7 @@ def test_normalisation_is_that_of_the_feature_extractor():
     extractor = transformers.Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
     rows = [wave[:n].numpy() for wave, n in zip(waves, samples.tolist(), strict=True)]
     expected = extractor(rows, sampling_rate=16_000, padding=True, return_tensors="np")["input_values"]
-    ours = normalise_waves(waves, torch.arange(16_000)[None] < samples[:, None])
+    ours = normalise_waves(waves, samples)
     np.testing.assert_allclose(ours.numpy(), expected, rtol=0, atol=1e-5)
 
 

@@ -17,17 +17,10 @@ from safetensors.torch import load_file, save_file
 from cache.errors import DataError, SettingsError, StoreError
 from pipeline.teachers.forward import load_teacher
 from pipeline.teachers.sources import Folder, Hub, TeacherParams, materialise
+from tests.conftest import TINY_HUBERT
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-TINY = {
-    "conv_dim": (8, 8, 8, 8, 8, 8, 12),
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "intermediate_size": 40,
-    "num_conv_pos_embeddings": 16,
-    "num_conv_pos_embedding_groups": 4,
-}
+TINY = {**TINY_HUBERT, "num_hidden_layers": 2}
 
 
 @pytest.fixture

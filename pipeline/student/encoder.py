@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from pipeline.padding import LengthMaskedGroupNorm, frame_mask
+from pipeline.padding import LengthMaskedGroupNorm, frame_mask, normalise_waves
 from pipeline.student.shape import KERNELS, STRIDES, EncoderShape
 
 
@@ -178,14 +178,6 @@ class Encoder(nn.Module):
             x = layer(x, valid)
         x = x.transpose(1, 2)  # (B, C, T) -> (B, T, C)
         return (ScaleGradient.apply(x, self.feature_grad_mult) if self.feature_grad_mult != 1.0 else x), valid
-
-
-def normalise_waves(waves: Float[Tensor, "B S"], samples: Int64[Tensor, " B"]) -> Float[Tensor, "B S"]:
-    """Each waveform to zero mean and unit variance over its own samples; padding becomes zero."""
-    mask = frame_mask(samples, waves.shape[1])
-    count = samples[:, None].to(waves.dtype)
-    centred = (waves - (waves * mask).sum(1, keepdim=True) / count) * mask
-    return centred / (centred.square().sum(1, keepdim=True) / count + 1e-7).sqrt()  # 1e-7 as in transformers
 
 
 @torch.no_grad()

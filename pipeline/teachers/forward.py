@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 import transformers
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from cache.errors import StoreError
-from pipeline.padding import LengthMaskedGroupNorm, frame_mask, frames_of_samples
+from pipeline.padding import LengthMaskedGroupNorm, frame_mask, frames_of_samples, normalise_waves
 from pipeline.teachers.families import FAMILIES, KERNELS, STRIDES, build_model
 from pipeline.teachers.pinned import Pinned, load_pinned
 
@@ -56,7 +56,7 @@ class Teacher:
         """Layer 0, the input of the first block, to L, the output of the last; of row b the first T(samples[b]) count."""
         waves, samples = waves.to(self.device), samples.to(self.device)
         valid = frame_mask(samples, waves.shape[1])
-        waves = normalise_waves(waves, valid) if self.pinned.normalise else waves.masked_fill(~valid, 0.0)
+        waves = normalise_waves(waves, samples) if self.pinned.normalise else waves.masked_fill(~valid, 0.0)
         if self.norm is not None:
             self.norm.valid = torch.div(samples - KERNELS[0], STRIDES[0], rounding_mode="floor") + 1
         out = self.model(waves, attention_mask=valid.long(), output_hidden_states=True)
@@ -69,15 +69,6 @@ class Teacher:
                 f"{frames} are due; transformers {transformers.__version__} counts differently, install another version"
             )
         return states
-
-
-def normalise_waves(waves: Float[Tensor, "B S"], valid: Bool[Tensor, "B S"]) -> Float[Tensor, "B S"]:
-    """Zero mean and unit variance over each utterance's own samples; padding becomes zero."""
-    count = valid.sum(1, keepdim=True)
-    waves = waves.masked_fill(~valid, 0.0)
-    centred = (waves - waves.sum(1, keepdim=True) / count).masked_fill(~valid, 0.0)
-    variance = centred.square().sum(1, keepdim=True) / count
-    return centred * torch.rsqrt(variance + 1e-7)  # the 1e-7 of Wav2Vec2FeatureExtractor
 
 
 def load_teacher(directory: Path, device: str = "cpu") -> Teacher:

@@ -22,9 +22,9 @@ from cache.errors import DataError, SettingsError
 from cache.frames import FrameSpan, frames_of
 from cache.manifest import Manifest
 from cache.ragged import Store
+from pipeline.padding import INT16_SCALE
 from pipeline.teachers.units import LayerUnits, Units, cluster, mfcc
 
-INT16_SCALE = 1 / 32768  # stored int16 samples to float in [-1, 1)
 LOG_STEPS = 25
 
 
