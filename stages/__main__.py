@@ -15,7 +15,15 @@ import typer
 from cache.errors import DecantError
 from cache.process import die_with_parent
 
-STAGES = ("prepare", "teacher", "extract", "targets", "distill", "probe", "report")  # in the order of the pipeline
+STAGES = {  # in the order of the pipeline, as `decant --help` lists them
+    "prepare": "corpora -> manifest and waveforms",
+    "teacher": "a pinned teacher, fetched or pretrained here",
+    "extract": "a model's layers -> a store and its receipt",
+    "targets": "what one student reads of the stores",
+    "distill": "one student, from the stores alone",
+    "probe": "a frozen model's score on one task",
+    "report": "everything on one page",
+}
 
 # What a person typed wrong; typer exports only subclasses of it.
 UsageError: Any = typer.BadParameter.__base__
@@ -32,8 +40,8 @@ app = typer.Typer(
         "`--debug`, anywhere, shows the full trace of an error."
     ),
 )
-for name in STAGES:
-    app.command(name)(import_module(f"stages.{name}").main)
+for name, sentence in STAGES.items():
+    app.command(name, short_help=sentence)(import_module(f"stages.{name}").main)
 
 
 def main() -> None:
