@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache.errors import DataError, SettingsError
-from cache.frames import num_frames
+from cache.frames import FrameSpan, num_frames
 from cache.manifest import Manifest
 from cache.receipts import open_receipt
 from pipeline.distill.batches import Aligned, BatchReader, Full, Item, plan_epoch
@@ -54,6 +56,47 @@ def test_a_plan_is_a_pure_function_of_seed_and_epoch():
     assert plan == plan_epoch(lengths(), CROP, 8.0, seed=1, epoch=4)
     assert plan != plan_epoch(lengths(), CROP, 8.0, seed=1, epoch=5)
     assert plan != plan_epoch(lengths(), CROP, 8.0, seed=2, epoch=4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(400, 60_000), min_size=1, max_size=60), st.integers(0, 5), st.sampled_from([FULL, CROP]))
+def test_the_plan_is_the_greedy_one_written_the_slow_way(sizes, seed, crop):
+    generator = np.random.default_rng([seed, 2])
+    pieces, jitter = [], 0.05
+    for size, draw in zip(sizes, generator.random(len(sizes)).tolist(), strict=True):
+        frames = num_frames(size)
+        if crop is CROP and frames > 49:  # frames of one second
+            pieces.append((16_000 - 240, FrameSpan(int(draw * (frames - 48)), 49)))
+        else:
+            pieces.append((size, None))
+    keys = [size * (1.0 + jitter * draw) for (size, _), draw in zip(pieces, generator.random(len(sizes)), strict=True)]
+    batches: list[list[Item]] = []
+    longest = 0
+    for u in sorted(range(len(sizes)), key=keys.__getitem__):
+        longest = max(longest, pieces[u][0])
+        if not batches or (len(batches[-1]) + 1) * longest > 4 * 16_000:
+            batches.append([])
+            longest = pieces[u][0]
+        batches[-1].append(Item(u, pieces[u][1]))
+    expected = [batches[i] for i in generator.permutation(len(batches))]
+    plan = plan_epoch(np.array(sizes), crop, 4.0, seed, 2)
+    assert plan == expected
+    middle = len(expected) // 2
+    assert plan[middle:] == expected[middle:]  # where a resumed training goes on
+    assert plan[-1] == expected[-1]
+
+
+def test_a_plan_takes_bytes_and_not_objects_an_utterance():
+    samples = lengths(300_000)
+    tracemalloc.start()
+    try:
+        plan = plan_epoch(samples, CROP, 30.0, 0, 0)
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 15 * len(samples)  # 139 as lists of items
+    assert peak < 60 * len(samples)
+    assert sum(map(len, plan)) == len(samples)
 
 
 def test_like_lengths_are_together_and_the_order_is_not_by_length():

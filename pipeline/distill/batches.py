@@ -4,12 +4,15 @@ The plan of an epoch is a pure function of (seed, epoch): every utterance exactl
 random order. So a training is resumed by two integers, epoch and position, and nothing has to be replayed.
 """
 
+from array import array
 from collections.abc import Sequence
-from typing import Annotated, Literal, NamedTuple
+from dataclasses import dataclass, replace
+from operator import eq
+from typing import Annotated, Literal, NamedTuple, overload
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int32, Int64
 from pydantic import BaseModel, Field
 from torch import Tensor
 
@@ -20,6 +23,7 @@ from cache.ragged import Store
 from pipeline.padding import pad_waves
 
 JITTER = 0.05  # lengths are sorted up to 5 %, so that an utterance meets other neighbours in other epochs
+BLOCK = 65_536  # utterances that are Python numbers at one time while batches are cut
 
 
 class Full(BaseModel, frozen=True, extra="forbid"):
@@ -60,9 +64,48 @@ class Batch(NamedTuple):
     frames: Int64[Tensor, " B"]
 
 
+@dataclass(frozen=True, eq=False)
+class EpochPlan(Sequence[list[Item]]):
+    """The batches of one epoch, each made when it is asked for: 17 million utterances as objects would take 4 GB."""
+
+    samples: Int64[np.ndarray, " U"]
+    order: Int32[np.ndarray, " U"]
+    """The utterances, like lengths together; a batch is a stretch of it."""
+    starts: Int32[np.ndarray, " U"] | None
+    """First frame of each utterance's piece; None where nothing is cropped."""
+    limit: int
+    """Frames of the longest piece."""
+    first: Int64[np.ndarray, " N"]
+    """Where each batch begins in `order`."""
+    last: Int64[np.ndarray, " N"]
+    """Where each ends."""
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    @overload
+    def __getitem__(self, at: int) -> list[Item]: ...
+    @overload
+    def __getitem__(self, at: slice) -> "EpochPlan": ...
+
+    def __getitem__(self, at: int | slice) -> "list[Item] | EpochPlan":
+        """One batch, or the plan of some of them."""
+        if isinstance(at, slice):
+            return replace(self, first=self.first[at], last=self.last[at])
+        utterances = self.order[int(self.first[at]) : int(self.last[at])]
+        if self.starts is None:
+            return [Item(u, None) for u in utterances.tolist()]
+        cut = frames_of(self.samples[utterances]) > self.limit
+        triples = zip(utterances.tolist(), cut.tolist(), self.starts[utterances].tolist(), strict=True)
+        return [Item(u, FrameSpan(start, self.limit) if longer else None) for u, longer, start in triples]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(eq, self, other))
+
+
 def plan_epoch(
     samples: Int64[np.ndarray, " U"], crop: Full | Aligned, batch_seconds: float, seed: int, epoch: int
-) -> list[list[Item]]:
+) -> EpochPlan:
     """Put every utterance into one batch of at most `batch_seconds` of padded audio; a pure function of its arguments.
 
     Raises:
@@ -71,27 +114,45 @@ def plan_epoch(
     generator = np.random.default_rng([seed, epoch])
     frames = frames_of(samples)
     limit = num_frames(int(crop.max_seconds * RATE_HZ)) if isinstance(crop, Aligned) else int(frames.max())
-    counts = np.minimum(frames, limit)
     # one draw per utterance, cropped or not: a longer limit does not move the crops of the others
-    starts = np.floor(generator.random(len(samples)) * (frames - counts + 1)).astype(np.int64)
-    sizes = np.where(frames > limit, (counts - 1) * HOP + FIELD, samples)
+    draws = generator.random(len(samples))
+    sizes, starts = samples, None
+    if isinstance(crop, Aligned):
+        draws *= np.maximum(frames - limit, 0) + 1
+        starts = draws.astype(np.int32)  # rounds down
+        sizes = np.where(frames > limit, (limit - 1) * HOP + FIELD, samples)
+    del frames
     budget = int(batch_seconds * RATE_HZ)
     if int(sizes.max()) > budget:
         raise SettingsError(
             f"batch_seconds is {batch_seconds:g} but an utterance has {sizes.max() / RATE_HZ:.2f} s; "
             "make batches larger, or crop: {kind: aligned, max_seconds: ...}"
         )
-    order = np.argsort(sizes * (1.0 + JITTER * generator.random(len(sizes))), kind="stable")
-    batches: list[list[Item]] = [[]]
-    longest = 0
-    for u in order.tolist():
-        longest = max(longest, int(sizes[u]))
-        if (len(batches[-1]) + 1) * longest > budget:
-            batches.append([])
-            longest = int(sizes[u])
-        span = FrameSpan(int(starts[u]), int(counts[u])) if frames[u] > limit else None
-        batches[-1].append(Item(u, span))
-    return [batches[i] for i in generator.permutation(len(batches)).tolist()]
+    generator.random(out=draws)
+    draws *= JITTER
+    draws += 1.0
+    draws *= sizes
+    order = np.argsort(draws, kind="stable").astype(np.int32)
+    del draws
+    ends = np.append(_cut(sizes, order, budget), len(order))
+    batches = generator.permutation(len(ends))
+    first = np.append(0, ends[:-1])[batches]
+    return EpochPlan(samples, order, starts, limit, first, ends[batches])
+
+
+def _cut(sizes: Int64[np.ndarray, " U"], order: Int32[np.ndarray, " U"], budget: int) -> Int64[np.ndarray, " N"]:
+    """Where batches begin, the first left out: each takes utterances until its padding would exceed the budget."""
+    cuts = array("q")
+    count = longest = 0
+    for block in range(0, len(order), BLOCK):
+        for number, size in enumerate(sizes[order[block : block + BLOCK]].tolist(), block):
+            count += 1
+            if size > longest:
+                longest = size
+            if count * longest > budget:
+                cuts.append(number)
+                count, longest = 1, size
+    return np.array(cuts, dtype=np.int64)
 
 
 class BatchReader:
