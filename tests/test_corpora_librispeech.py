@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from cache.errors import DataError
+from cache.errors import DataError, SettingsError
 from pipeline.audio import Quarantine
 from pipeline.corpora.librispeech import LibriSpeechParams, LibriSpeechSid, librispeech_items
 from pipeline.corpora.splits import Fractions
@@ -160,6 +160,8 @@ def test_a_transcript_that_is_not_utf_8_is_named(root):
 def test_folders_that_are_missing_are_named_with_the_way_out(root, monkeypatch):
     monkeypatch.delenv("NO_SUCH_VARIABLE", raising=False)
     with pytest.raises(DataError, match=r"sources\.ls\.root .* NO_SUCH_VARIABLE is not set; .*export"):
+        list(librispeech_items("ls", params("$NO_SUCH_VARIABLE/LibriSpeech")))
+    with pytest.raises(SettingsError, match=r"write the variable without braces, \$NAME/folder"):
         list(librispeech_items("ls", params("${NO_SUCH_VARIABLE}/LibriSpeech")))
     with pytest.raises(DataError, match="there is no folder .*nowhere"):
         list(librispeech_items("ls", params(root / "nowhere")))
@@ -174,7 +176,7 @@ def test_folders_that_are_missing_are_named_with_the_way_out(root, monkeypatch):
 
 def test_a_variable_of_the_environment_is_filled_in(root, monkeypatch):
     monkeypatch.setenv("SOME_CORPORA", str(root.parent))
-    assert len(list(librispeech_items("ls", params(f"${{SOME_CORPORA}}/{root.name}")))) == 12
+    assert len(list(librispeech_items("ls", params(f"$SOME_CORPORA/{root.name}")))) == 12
 
 
 @pytest.mark.skipif(not (SPEECH / "LibriSpeech").is_dir(), reason="no real LibriSpeech; set DECANT_SPEECH")

@@ -168,6 +168,7 @@ def test_the_committed_params_are_what_the_stages_read():
     files = [ROOT / "params.yaml", *sorted((ROOT / "recipes").glob("*.yaml"))]
     assert len(files) > 1
     for file in files:
+        assert "${" not in file.read_text()  # `dvc exp run -S` would take it for an interpolation of its own
         read_params("prepare", PrepareParams, file)
         read_params("extract", ExtractParams, file)
         read_params("features", Keep, file)

@@ -8,19 +8,22 @@ import os
 import re
 from pathlib import Path
 
-from cache.errors import DataError
+from cache.errors import DataError, SettingsError
 from pipeline.audio import Quarantine
 
 SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3")
-VARIABLE = re.compile(r"\$\{(\w+)\}")
+VARIABLE = re.compile(r"\$(\w+)")
 
 
 def corpus_root(corpus: str, root: str) -> Path:
-    """The folder that the setting `root` of a source means; `${NAME}` in it is a variable of the environment.
+    """The folder that the setting `root` of a source means; `$NAME` in it is a variable of the environment.
 
     Raises:
         DataError: the variable is not set, or there is no such folder.
+        SettingsError: a variable in braces, which `dvc exp run -S` takes for one of its own and fails on.
     """
+    if "${" in root:
+        raise SettingsError(f"prepare.sources.{corpus}.root is {root!r}: write the variable without braces, $NAME/folder")
     for name in VARIABLE.findall(root):
         if name not in os.environ:
             raise DataError(

@@ -39,7 +39,7 @@ class LibriSpeechParams(BaseModel, frozen=True, extra="forbid"):
     kind: Literal["librispeech"]
     """Folders as LibriSpeech unpacks them."""
     root: str
-    """The folder that holds the subsets; may name a variable of the environment: ${SPEECH}/LibriSpeech."""
+    """The folder that holds the subsets; may name a variable of the environment: $SPEECH/LibriSpeech."""
     subsets: tuple[str, ...] = Field(min_length=1)
     """Such as train-clean-100, dev-clean, test-clean; the first word is the split."""
     dev_speakers: float = Field(ge=0, le=0.5)

@@ -29,7 +29,7 @@ class SpeechCommandsParams(BaseModel, frozen=True, extra="forbid"):
     kind: Literal["speech_commands"]
     """A folder per word, as the archive unpacks."""
     root: str
-    """The folder of the words; may name a variable of the environment: ${SPEECH}/speech_commands_v0.01."""
+    """The folder of the words; may name a variable of the environment: $SPEECH/speech_commands_v0.01."""
     words: tuple[str, ...] | None
     """The keywords to take; null takes every folder but _background_noise_."""
     validation_percentage: float = Field(ge=0, le=50)
