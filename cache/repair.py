@@ -1,0 +1,101 @@
+"""A damaged store in, the same store without its damaged parts out, so that the next extraction makes exactly those.
+
+A shard is dropped by taking its line out of the journal (in one rename) and then its file away: killed in between, it is
+a file without a line, which does not exist. What follows from the rest of the store (an array's zarr.json, a journal
+line that a receipt knows) is written anew on the spot. A store whose header or columns are damaged loses its zarr.json:
+the next extraction writes both again and keeps the shards.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cache.errors import StoreError
+from cache.process import exclusive
+from cache.publish import fsync, named_io_errors, publish_file, write_json
+from cache.ragged import Store
+from cache.verify import HEADER, Finding, Verdict, read_journal, verify_store
+from cache.writer import JOURNAL
+from cache.zarrshard import array_metadata
+
+
+@dataclass
+class Repair:
+    """What was done to a store."""
+
+    directory: Path
+    dropped: list[str] = field(default_factory=list)
+    """Shard files and store headers that the next run of the stage makes again."""
+    rewritten: list[str] = field(default_factory=list)
+    """Files that are whole again."""
+    removed: list[str] = field(default_factory=list)
+    """Files that belonged to nothing."""
+    left: list[Finding] = field(default_factory=list)
+    """Damage outside the store: its receipts."""
+
+
+def repair_store(directory: Path, receipts: Sequence[Path] = ()) -> tuple[Verdict, Repair]:
+    """Read every byte of a store and take away what is damaged.
+
+    Raises:
+        StoreError: there is no store.
+        ResourceError: another process writes it, or the disk refuses.
+    """
+    if not (directory / HEADER).exists() and not (directory / JOURNAL).exists():
+        raise StoreError(f"there is no store at {directory}; `decant cache ls` shows those there are")
+    with named_io_errors(directory), exclusive(directory / "writer.lock"):
+        verdict = verify_store(directory, receipts, full=True)
+        done = Repair(directory, left=[f for f in verdict.damage if f.kind == "receipt"])
+        if lost := [f for f in verdict.findings if f.kind in ("header", "column")]:
+            # without its header's file the next extraction writes header and columns, and keeps the shards
+            (directory / HEADER).unlink(missing_ok=True)
+            fsync(directory)
+            done.dropped = sorted({f.place for f in lost})
+            return verdict, done
+        store = Store(directory)
+        for finding in verdict.findings:
+            if finding.kind == "metadata":
+                assert finding.array is not None
+                metadata = array_metadata(store.spec(finding.array), store.grid, store.plan.num_rows)
+                write_json(directory / finding.place, metadata)
+                done.rewritten.append(finding.place)
+        _drop_shards(store, verdict, done)
+        for finding in verdict.findings:
+            if finding.kind in ("extra", "leftover") and finding.place != JOURNAL:
+                (directory / finding.place).unlink(missing_ok=True)
+                done.removed.append(finding.place)
+    return verdict, done
+
+
+def _drop_shards(store: Store, verdict: Verdict, done: Repair) -> None:
+    """Bring the journal in step with the sound shards, and delete the files of the others."""
+    journal = read_journal(store.directory)
+    rows, changed = dict(journal.rows), bool(journal.damaged) or journal.torn
+    for finding in verdict.damage:
+        if finding.array is None or finding.shard is None:
+            continue
+        place = (finding.array, finding.shard)
+        if finding.kind == "journal" and finding.committed is not None:
+            rows[place] = finding.committed
+        else:
+            rows.pop(place, None)
+            done.dropped.append(finding.place)
+        changed = True
+    for name, shard in list(rows):
+        known = (store.directory / name).is_dir() and 0 <= shard < store.plan.num_shards
+        if not known:
+            rows.pop((name, shard))
+            changed = True
+    if changed:
+        with publish_file(store.directory / JOURNAL) as partial:
+            lines = [
+                json.dumps({"array": array, "shard": shard, "bytes": size, "xxh3": digest}) + "\n"
+                for (array, shard), (size, digest) in rows.items()
+            ]
+            partial.write_text("".join(lines), encoding="utf-8")
+        done.rewritten.append(JOURNAL)
+    if journal.damaged:  # whose line it was nobody knows: every file without a line goes
+        done.dropped += [f.place for f in verdict.findings if f.kind == "unfinished"]
+    for name in done.dropped:
+        (store.directory / name).unlink(missing_ok=True)

@@ -1,0 +1,349 @@
+"""A store and its receipts in, the name of everything in it that is not as it was committed out.
+
+Fast: names and sizes against the journal and the receipts. Full: also the hash of every shard file, the checksum of
+every chunk and the shard's index, a few megabytes at a time. Nothing is changed here; `cache.repair` acts on the findings.
+"""
+
+import json
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import xxhash
+
+from cache.errors import DecantError, StoreError
+from cache.publish import digest_json, read_json
+from cache.ragged import FORMAT, Store, check_array, first_chunk
+from cache.receipts import store_key, store_path
+from cache.writer import JOURNAL
+from cache.zarrshard import CRC_BYTES, ArraySpec, crc32c, decode_index, shard_path, write_column
+
+BLOCK_BYTES = 2**23  # read at a time
+COLUMNS = ("ids", "id_end", "rows", "start")
+HEADER = "zarr.json"
+
+Kind = Literal["header", "column", "metadata", "journal", "receipt", "missing", "damaged", "swapped", "extra"]
+Remark = Literal["unfinished", "leftover"]  # no damage: what a killed run leaves and the next one clears
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is not as it should be."""
+
+    kind: Kind | Remark
+    place: str
+    """File, relative to the store; a receipt's own path."""
+    detail: str
+    array: str | None = None
+    shard: int | None = None
+    committed: tuple[int, str] | None = None
+    """What a receipt says the shard is, where the file is just that and the journal is wrong."""
+
+    @property
+    def damage(self) -> bool:
+        """Whether the store must not be used as it is."""
+        return self.kind not in ("unfinished", "leftover")
+
+
+@dataclass
+class Verdict:
+    """What was looked at in one store, and what was found."""
+
+    directory: Path
+    full: bool
+    shards: int = 0
+    bytes: int = 0
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def damage(self) -> list[Finding]:
+        """The findings that are damage."""
+        return [f for f in self.findings if f.damage]
+
+
+@dataclass(frozen=True)
+class JournalText:
+    """A journal read line by line, damaged lines put aside where `cache.writer.Journal` refuses the file."""
+
+    rows: dict[tuple[str, int], tuple[int, str]]
+    damaged: list[int]
+    torn: bool
+
+
+def read_journal(directory: Path) -> JournalText:
+    """The committed shards of a store, and the numbers of the lines that are no record of one."""
+    path = directory / JOURNAL
+    data = path.read_bytes() if path.exists() else b""
+    whole = data.rfind(b"\n") + 1
+    rows: dict[tuple[str, int], tuple[int, str]] = {}
+    damaged = []
+    for number, line in enumerate(data[:whole].split(b"\n")[:-1], 1):
+        try:
+            row = json.loads(line)
+            array, shard, size, digest = row["array"], row["shard"], row["bytes"], row["xxh3"]
+        except (ValueError, KeyError, TypeError):
+            damaged.append(number)
+            continue
+        sound = isinstance(array, str) and type(shard) is int and type(size) is int and isinstance(digest, str)
+        if sound and set(row) == {"array", "shard", "bytes", "xxh3"} and re.fullmatch("[0-9a-f]{32}", digest):
+            rows[array, shard] = size, digest
+        else:
+            damaged.append(number)
+    return JournalText(rows, damaged, torn=whole < len(data))
+
+
+def read_receipt(path: Path) -> dict[str, Any]:
+    """A receipt whose own parts agree.
+
+    Raises:
+        StoreError: it is none, or was changed after it was written.
+    """
+    receipt = read_json(path)
+    remedy = "take it from git, or run the stage that writes it (`dvc repro -f`)"
+    if not isinstance(receipt, dict) or not {"kind", "key", "fingerprint", "arrays"} <= set(receipt):
+        raise StoreError(f"{path} is no receipt of a store; {remedy}")
+    if receipt.get("format") != FORMAT:
+        raise StoreError(f"{path}: receipt format {receipt.get('format')!r}, this version reads {FORMAT}; {remedy}")
+    if receipt["key"] != store_key(receipt["kind"], receipt["fingerprint"]):
+        raise StoreError(f"{path} is damaged: its key is not the digest of its fingerprint; {remedy}")
+    try:
+        for name, array in receipt["arrays"].items():
+            if digest_json(array["shards"]) != array["digest"]:
+                raise StoreError(f"{path} is damaged: {name}.digest is not that of its shards; {remedy}")
+        total = sum(size for a in receipt["arrays"].values() for size, _ in a["shards"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{path} is damaged: its arrays are not a receipt's ({error}); {remedy}") from error
+    if receipt.get("bytes") != total:
+        raise StoreError(f"{path} is damaged: bytes is {receipt.get('bytes')} and its shards sum to {total}; {remedy}")
+    return receipt
+
+
+def arrays_of(store: Store) -> list[str]:
+    """Arrays a store has, told by their folders."""
+    return sorted(p.name for p in store.directory.glob("*") if p.is_dir() and is_array_name(p.name))
+
+
+def is_array_name(array: str) -> bool:
+    """Whether a store may have an array of this name."""
+    return re.fullmatch(r"wave|layer-\d{2,}", array) is not None
+
+
+def is_complete(store: Store) -> bool:
+    """Every shard of every array committed and of the size it was committed with."""
+    journal = read_journal(store.directory)
+    arrays = arrays_of(store)
+    wanted = [(a, s) for a in arrays for s in range(store.plan.num_shards)]
+    return bool(arrays) and all(
+        (row := journal.rows.get((a, s))) is not None
+        and (path := shard_path(store.directory, store.spec(a), s)).exists()
+        and path.stat().st_size == row[0]
+        for a, s in wanted
+    )
+
+
+def verify_store(
+    directory: Path,
+    receipts: Sequence[Path] = (),
+    full: bool = False,
+    tick: Callable[[int], None] = lambda _: None,
+) -> Verdict:
+    """Compare a store with its journal and with the receipts that describe it.
+
+    Args:
+        directory: the store.
+        receipts: receipt files of this store (`receipts_by_store` finds them).
+        full: read every byte.
+        tick: told the bytes of each shard file that was read.
+    """
+    verdict = Verdict(Path(directory), full)
+    say = verdict.findings.append
+    try:
+        store = Store(directory)
+        plan, ids = store.plan, store.ids
+    except DecantError as error:
+        column = next((c for c in COLUMNS if f"{directory / c} " in f"{error} "), None)
+        say(Finding("column" if column else "header", f"{column}/c/0" if column else HEADER, str(error)))
+        return verdict
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        say(Finding("header", HEADER, f"the store's header or columns are damaged ({type(error).__name__}: {error})"))
+        return verdict
+    for finding in _check_header(store, ids):
+        say(finding)
+    if verdict.findings:
+        return verdict
+    journal = read_journal(directory)
+    for number in journal.damaged:
+        say(Finding("journal", JOURNAL, f"line {number} is damaged"))
+    if journal.torn:
+        say(Finding("leftover", JOURNAL, "the last line was torn by a killed run and does not count"))
+    known = {HEADER, JOURNAL, "writer.lock", *(f"{c}/{f}" for c in COLUMNS for f in ("zarr.json", "c/0"))}
+    promised: dict[tuple[str, int], tuple[int, str]] = {}
+    for path in receipts:
+        for finding in _check_receipt(path, store, promised):
+            say(finding)
+    arrays = sorted({*arrays_of(store), *(a for a, _ in promised)})
+    for array in arrays:
+        spec = store.spec(array)
+        known.add(f"{array}/zarr.json")
+        try:
+            check_array(directory, spec, store.grid, plan.num_rows)
+        except StoreError as error:
+            say(Finding("metadata", f"{array}/zarr.json", str(error), array))
+        except AttributeError:  # JSON, and no object
+            say(Finding("metadata", f"{array}/zarr.json", "it is no Zarr array's", array))
+        for shard in range(plan.num_shards):
+            place = shard_path(directory, spec, shard)
+            known.add(place.relative_to(directory).as_posix())
+            row, want = journal.rows.get((array, shard)), promised.get((array, shard))
+            wrong = _check_shard(store, spec, shard, row, want, journal, full)
+            if wrong is not None:
+                say(wrong)
+            if row is not None and place.exists():
+                verdict.shards += 1
+                verdict.bytes += row[0] if full else 0
+                tick(row[0])
+    for array, shard in journal.rows:
+        if array not in arrays or not 0 <= shard < plan.num_shards:
+            say(Finding("journal", JOURNAL, f"a line names shard {shard} of {array}, which this store does not have"))
+    for file in sorted(p for p in directory.rglob("*") if not p.is_dir()):
+        name = file.relative_to(directory).as_posix()
+        if file.name.startswith(".") and file.name.endswith(".partial"):
+            say(Finding("leftover", name, "of a run that was killed (or is running); the next one clears it"))
+        elif name not in known:
+            say(Finding("extra", name, "belongs to no array of this store"))
+    return verdict
+
+
+def _check_header(store: Store, ids: list[str]) -> Iterator[Finding]:
+    """The header against its key and the folder's name, the columns against each other."""
+    key = store_key(store.kind, store.fingerprint)
+    if not store.key == key == store.directory.name or store.directory.parent.name != store.kind:
+        detail = f"says {store.kind}/{store.key}, its fingerprint gives {key}: damaged, or copied over another store"
+        yield Finding("header", HEADER, detail)
+        return
+    if len(ids) != len(store.rows) or len(set(ids)) != len(ids):
+        yield Finding("column", "ids/c/0", f"{len(ids)} ids for {len(store.rows)} utterances, or one twice")
+        return
+    text = [i.encode() for i in ids]
+    values: dict[str, np.ndarray] = {
+        "ids": np.frombuffer(b"".join(text), dtype=np.uint8),
+        "id_end": np.cumsum([len(t) for t in text], dtype=np.int64),
+        "rows": store.rows,
+        "start": store.plan.start,
+    }
+    with tempfile.TemporaryDirectory() as beside:  # the writer says what the files of a column are
+        for name, column in values.items():
+            write_column(Path(beside) / name, column)
+            for file in ("zarr.json", "c/0"):
+                there = store.directory / name / file
+                if not there.exists() or there.read_bytes() != (Path(beside) / name / file).read_bytes():
+                    yield Finding("column", f"{name}/{file}", f"{there} is missing or damaged")
+
+
+def _check_receipt(path: Path, store: Store, promised: dict[tuple[str, int], tuple[int, str]]) -> Iterator[Finding]:
+    """A receipt against the store it names; its shards go to `promised`."""
+    try:
+        receipt = read_receipt(path)
+    except StoreError as error:
+        yield Finding("receipt", str(path), str(error))
+        return
+    for name, want in (("utterances", len(store.rows)), ("rows", int(store.rows.sum()))):
+        if receipt.get(name) != want:
+            yield Finding("receipt", str(path), f"{name} is {receipt.get(name)} and the store has {want}")
+    for name, array in receipt["arrays"].items():
+        if (array.get("width"), array.get("codec")) != (store.width, store.codec) or not is_array_name(name):
+            yield Finding("receipt", str(path), f"{name} is {array.get('width')} wide in {array.get('codec')}", name)
+        elif len(array["shards"]) != store.plan.num_shards:
+            detail = f"{name} has {len(array['shards'])} shards and the store has {store.plan.num_shards}"
+            yield Finding("receipt", str(path), detail, name)
+        else:
+            promised |= {(name, shard): (size, digest) for shard, (size, digest) in enumerate(array["shards"])}
+
+
+def _check_shard(
+    store: Store,
+    spec: ArraySpec,
+    shard: int,
+    row: tuple[int, str] | None,
+    want: tuple[int, str] | None,
+    journal: JournalText,
+    full: bool,
+) -> Finding | None:
+    """One shard file against its journal line and what a receipt promises."""
+    path = shard_path(store.directory, spec, shard)
+    place = path.relative_to(store.directory).as_posix()
+
+    def found(kind: Kind | Remark, detail: str, committed: tuple[int, str] | None = None) -> Finding:
+        return Finding(kind, place, detail, spec.name, shard, committed)
+
+    if row is None and want is None:
+        return found("unfinished", "was never committed; the next run makes it")
+    truth = want or row
+    assert truth is not None
+    if not path.exists():
+        return found("missing", "is missing")
+    if (size := path.stat().st_size) != truth[0]:
+        return found("damaged", f"has {size} bytes and was committed with {truth[0]}")
+    if full:
+        digest, wrong = read_shard(store, spec, shard)
+        if digest != truth[1]:
+            other = next((a for a, r in journal.rows.items() if r[1] == digest and a != (spec.name, shard)), None)
+            if other is not None:
+                return found("swapped", f"holds the bytes of shard {other[1]} of {other[0]}")
+            sound = "every chunk is sound: other data was put here, or its journal line is damaged"
+            return found("damaged" if wrong else "swapped", wrong or sound)
+        if wrong:  # committed so: not what format 1 is
+            return found("damaged", wrong)
+    if row != truth:
+        told = "has no line for it" if row is None else "says other bytes or another hash"
+        return found("journal", f"the receipt names this shard and the journal {told}", truth if full else None)
+    return None
+
+
+def read_shard(store: Store, spec: ArraySpec, shard: int) -> tuple[str, str]:
+    """Hash of a shard file, and what is wrong inside it ("" for nothing)."""
+    path = shard_path(store.directory, spec, shard)
+    rows = store.plan.used_rows(shard)
+    stride = store.grid.chunk_rows * spec.row_bytes + CRC_BYTES
+    body = -(-rows // store.grid.chunk_rows) * stride
+    digest, wrong = xxhash.xxh3_128(), ""
+    with open(path, "rb") as file:
+        at = 0
+        while at < body and (block := file.read(min(max(BLOCK_BYTES // stride, 1) * stride, body - at))):
+            digest.update(block)
+            for start in range(0, len(block), stride):
+                chunk = block[start : start + stride]
+                if not wrong and crc32c(chunk[:-CRC_BYTES]) != chunk[-CRC_BYTES:]:
+                    wrong = f"chunk {(at + start) // stride} is damaged (its checksum differs)"
+            at += len(block)
+        index = file.read()
+    digest.update(index)
+    try:
+        if first_chunk(decode_index(index, store.grid, path), rows, spec, store.grid, path) != 0:
+            wrong = wrong or "its first chunk is not at its beginning"
+    except StoreError as error:
+        wrong = wrong or str(error).removeprefix(f"{path}: ")
+    return digest.hexdigest(), wrong
+
+
+def find_stores(root: Path) -> list[Path]:
+    """Folders of stores under a store root, the unreadable ones too."""
+    places = [p for kind in ("waves", "features") for p in sorted((root / kind).glob("*"))]
+    return [p for p in places if p.is_dir() and not p.name.startswith(".")]
+
+
+def receipts_by_store(files: Sequence[Path]) -> tuple[dict[Path, list[Path]], list[Finding]]:
+    """Receipt files by the folder of the store each names, and those that name none."""
+    by_store: dict[Path, list[Path]] = {}
+    findings = []
+    for file in files:
+        try:
+            receipt = read_receipt(file)
+            by_store.setdefault(store_path(receipt["kind"], receipt["key"]), []).append(file)
+        except StoreError as error:
+            findings.append(Finding("receipt", str(file), str(error)))
+    return by_store, findings
