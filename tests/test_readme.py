@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.report.tables import BEGIN, END
+from stages import cachectl
 from stages.__main__ import STAGES
 
 ROOT = Path(__file__).parent.parent
@@ -14,8 +15,9 @@ README = (ROOT / "README.md").read_text()
 
 def test_every_command_it_names_exists():
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
-    assert set(re.findall(r"\bmake ([a-z]+)", README)) <= targets
-    assert set(re.findall(r"\bdecant ([a-z]+)", README)) <= set(STAGES)
+    assert set(re.findall(r"(?:^|`)make ([a-z]+)", README, re.M)) <= targets
+    assert set(re.findall(r"\bdecant ([a-z]+)", README)) <= {*STAGES, "cache"}
+    assert set(re.findall(r"\bdecant cache ([a-z]+)", README)) <= {c.name for c in cachectl.app.registered_commands}
 
 
 @pytest.mark.parametrize(
