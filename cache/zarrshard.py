@@ -6,6 +6,7 @@ which the tests read back with zarr-python and tensorstore.
 """
 
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,29 +63,29 @@ def crc32c(data: Any) -> bytes:
     return struct.pack("<I", google_crc32c.value(view))
 
 
-def encode_shard(rows: Shaped[np.ndarray, "R ..."], spec: ArraySpec, grid: Grid) -> bytearray:
-    """The bytes of one shard file: R <= shard_rows rows, cut into chunks, each with its checksum, then the index."""
+def encode_shard(rows: Shaped[np.ndarray, "R ..."], spec: ArraySpec, grid: Grid) -> Iterator[bytes | memoryview]:
+    """One shard file, piece by piece: R <= shard_rows rows, cut into chunks, each with its checksum, then the index.
+
+    The pieces are views of `rows` where they can be, so that nothing is copied before it is written.
+    """
     assert rows.dtype == spec.dtype
     assert len(rows) <= grid.shard_rows
     chunk_bytes = grid.chunk_rows * spec.row_bytes
     used = -(-len(rows) // grid.chunk_rows)
-    index_bytes = 16 * grid.chunks + CRC_BYTES
-    out = bytearray(used * (chunk_bytes + CRC_BYTES) + index_bytes)
     flat = np.ascontiguousarray(rows).reshape(-1).view(np.uint8)
-    index = np.full((grid.chunks, 2), NO_CHUNK, dtype="<u8")
+    flat.flags.writeable = False
     for c in range(used):
-        at = c * (chunk_bytes + CRC_BYTES)
         data = flat[c * chunk_bytes : (c + 1) * chunk_bytes]
         if len(data) < chunk_bytes:  # the end of the last chunk is fill
             fill = np.full(chunk_bytes // spec.dtype.itemsize, FILL[spec.codec], dtype=spec.dtype).view(np.uint8)
             data = np.concatenate([data, fill[len(data) :]])
-        out[at : at + chunk_bytes] = data.data
-        out[at + chunk_bytes : at + chunk_bytes + CRC_BYTES] = crc32c(data)
-        index[c] = at, chunk_bytes + CRC_BYTES
-    at = len(out) - index_bytes
-    out[at : at + 16 * grid.chunks] = index.tobytes()
-    out[at + 16 * grid.chunks :] = crc32c(index)
-    return out
+        yield data.data
+        yield crc32c(data)
+    index = np.full((grid.chunks, 2), NO_CHUNK, dtype="<u8")
+    index[:used, 0] = np.arange(used) * (chunk_bytes + CRC_BYTES)
+    index[:used, 1] = chunk_bytes + CRC_BYTES
+    yield index.tobytes()
+    yield crc32c(index)
 
 
 def decode_index(data: bytes, grid: Grid, where: Path) -> UInt64[np.ndarray, "N 2"]:
