@@ -14,6 +14,7 @@ import typer
 
 from cache.errors import DecantError
 from cache.process import die_with_parent
+from stages import cachectl
 
 STAGES = {  # in the order of the pipeline, as `decant --help` lists them
     "prepare": "corpora -> manifest and waveforms",
@@ -42,13 +43,15 @@ app = typer.Typer(
 )
 for name, sentence in STAGES.items():
     app.command(name, short_help=sentence)(import_module(f"stages.{name}").main)
+app.add_typer(cachectl.app, name="cache", short_help="list, check, repair, clean and move the stores")
 
 
 def main() -> None:
     """Run one stage; a `DecantError` becomes one line on stderr and its exit code."""
     debug = "--debug" in sys.argv or os.environ.get("DECANT_DEBUG") == "1"
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
-    stage = " ".join(["decant", *[a for a in arguments[:1] if a in STAGES]])
+    depth = 2 if arguments[:1] == ["cache"] else 1
+    stage = " ".join(["decant", *[a for a in arguments[:depth] if a == "cache" or a in STAGES or a in cachectl.NAMES]])
     die_with_parent()
     try:
         sys.exit(app(args=arguments, prog_name="decant", standalone_mode=False))
