@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from stages import cacheplan
+
 if TYPE_CHECKING:
     from cache.repair import Repair
 
@@ -14,10 +16,13 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Look after the stores under $DECANT_STORE (default: store/): list, check, repair, clean, move.",
 )
-NAMES = ("ls", "info", "verify", "repair", "gc", "export", "import")
+NAMES = ("plan", "ls", "info", "verify", "repair", "gc", "export", "import")
 Json = Annotated[bool, typer.Option("--json", help="One JSON value instead of lines.")]
 Receipts = Annotated[list[Path] | None, typer.Option(help="Receipts, or folders of them; may be given several times.")]
 Which = Annotated[str, typer.Argument(metavar="STORE", help="Key of a store, its first letters, or a receipt.")]
+
+
+app.command("plan", short_help="what an extraction will take, before it runs")(cacheplan.main)
 
 
 @app.command("ls", short_help="the stores there are")

@@ -23,7 +23,9 @@ def corpus_root(corpus: str, root: str) -> Path:
         SettingsError: a variable in braces, which `dvc exp run -S` takes for one of its own and fails on.
     """
     if "${" in root:
-        raise SettingsError(f"prepare.sources.{corpus}.root is {root!r}: write the variable without braces, $NAME/folder")
+        raise SettingsError(
+            f"prepare.sources.{corpus}.root is {root!r}: write the variable without braces, $NAME/folder"
+        )
     for name in VARIABLE.findall(root):
         if name not in os.environ:
             raise DataError(
