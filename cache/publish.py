@@ -93,6 +93,10 @@ def named_io_errors(path: Path) -> Iterator[None]:
             raise ResourceError(
                 f"{where}: the disk is full ({free / 1e6:.0f} MB free); free some space and run the same command again"
             ) from error
+        if error.errno == errno.EFBIG:
+            raise ResourceError(
+                f"{where}: the file is larger than this process or file system allows; raise `ulimit -f` or make shards smaller"
+            ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise ResourceError(f"{where}: {error.strerror}; make it writable or choose another place") from error
         raise
