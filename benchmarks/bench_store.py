@@ -6,7 +6,8 @@ A random batch is 32 utterances of 1 to 16 s by 4 layers (768 wide, float16, chu
 `preadv` is the bar: a Python loop of `os.preadv` that brings the same bytes from plain files, one a layer, into the same
 buffer. `gather` brings them from the store; a padded batch (`Store.read_batch`) also has zeros after each utterance, so
 it is held against `preadv` that writes the same zeros. `memmap` is numpy over the plain files, `h5py` one contiguous
-dataset a layer; zarr-python, tensorstore (one future a read, then a copy; it uses all cores) and zarrs read our store.
+dataset a layer; zarr-python and tensorstore (one future a read, then a copy; it uses all cores) read our
+store. zarrs is not measured.
 
 In a round every contender reads the same batches, each a different one at a time: who reads a batch right after
 another did is up to 30 % faster. The order of the contenders is drawn for every round.

@@ -48,7 +48,8 @@ def layer_of(name: str) -> int:
 class Store:
     """A store on disk, read-only: what utterances it has and the rows of each.
 
-    Safe to use after a fork and from several threads (reads carry their own offset); pickling sends the path alone.
+    Safe to use after a fork (reads carry their own offset); pickling sends the path alone. One thread at a time: closing
+    the oldest of very many open shards must not meet a read, so give each thread a store of its own.
     """
 
     def __init__(self, directory: Path, arrays: Sequence[str] = (), verify: bool = False) -> None:
