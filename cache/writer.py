@@ -23,7 +23,7 @@ from cache.process import exclusive
 from cache.publish import fsync, named_io_errors, write_json
 from cache.ragged import check_array, read_header, write_header
 from cache.scatter import start_flush
-from cache.zarrshard import CRC_BYTES, ArraySpec, Grid, array_metadata, encode_shard, shard_path
+from cache.zarrshard import ArraySpec, Grid, array_metadata, encode_shard, shard_bytes, shard_path
 
 JOURNAL = "journal.jsonl"
 WAVE_GRID = Grid(chunk_rows=16_384, shard_rows=2**24)  # 32 KiB and 32 MiB: 17 minutes of speech a file
@@ -91,13 +91,11 @@ class StoreWriter:
 
     def predicted_bytes(self) -> int:
         """Bytes that the missing shards will take."""
-        total = 0
-        for shard, names in self.missing().items():
-            chunks = -(-self.plan.used_rows(shard) // self.grid.chunk_rows)
-            for name in names:
-                total += chunks * (self.grid.chunk_rows * self.specs[name].row_bytes + CRC_BYTES)
-                total += 16 * self.grid.chunks + CRC_BYTES
-        return total
+        return sum(
+            shard_bytes(self.plan.used_rows(shard), self.specs[name], self.grid)
+            for shard, names in self.missing().items()
+            for name in names
+        )
 
     def check_space(self) -> None:
         """Refuse before the first forward what will not fit.

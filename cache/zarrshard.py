@@ -63,6 +63,12 @@ def crc32c(data: Any) -> bytes:
     return struct.pack("<I", google_crc32c.value(view))
 
 
+def shard_bytes(num_rows: int, spec: ArraySpec, grid: Grid) -> int:
+    """Bytes of the file that `encode_shard` makes of so many rows: whole chunks with their checksums, and the index."""
+    chunks = -(-num_rows // grid.chunk_rows)
+    return chunks * (grid.chunk_rows * spec.row_bytes + CRC_BYTES) + 16 * grid.chunks + CRC_BYTES
+
+
 def encode_shard(rows: Shaped[np.ndarray, "R ..."], spec: ArraySpec, grid: Grid) -> Iterator[bytes | memoryview]:
     """One shard file, piece by piece: R <= shard_rows rows, cut into chunks, each with its checksum, then the index.
 

@@ -12,9 +12,9 @@ import torch
 
 from cache.frames import RATE_HZ, frames_of
 from cache.manifest import Manifest
-from cache.plan import StorePlan, plan_rows
+from cache.plan import plan_rows
 from cache.ragged import Store
-from cache.zarrshard import CRC_BYTES
+from cache.zarrshard import ArraySpec, Grid, shard_bytes
 from pipeline.extract import ExtractParams, Keep, kept_layers, length_batches
 from pipeline.padding import pad_waves
 from pipeline.upstream import Upstream
@@ -51,15 +51,6 @@ class Cost:
         return self.hours_of_audio / self.rate
 
 
-def stored_bytes(plan: StorePlan, width: int, codec: str, chunk_frames: int) -> int:
-    """Bytes of one array: whole chunks with a checksum each, and an index per shard."""
-    used = np.array([plan.used_rows(shard) for shard in range(plan.num_shards)])
-    chunks = -(-used // chunk_frames)
-    chunk_bytes = chunk_frames * width * np.dtype(codec).itemsize + CRC_BYTES
-    index_bytes = 16 * (plan.shard_rows // chunk_frames) + CRC_BYTES
-    return int(chunks.sum()) * chunk_bytes + plan.num_shards * index_bytes
-
-
 def cost_of(
     upstream: Upstream,
     manifest: Manifest,
@@ -84,10 +75,12 @@ def cost_of(
     """
     chosen = manifest if keep.select == "all" else manifest.labelled()
     plan = plan_rows(frames_of(chosen.samples), params.shard_frames)
+    grid = Grid(params.chunk_frames, params.shard_frames)
     layers, every = tuple(kept_layers(keep, upstream)), tuple(range(upstream.num_layers))
 
     def choice(kept: tuple[int, ...], codec: str) -> Choice:
-        one = stored_bytes(plan, upstream.width, codec, params.chunk_frames)
+        spec = ArraySpec("layer", upstream.width, codec)
+        one = sum(shard_bytes(plan.used_rows(shard), spec, grid) for shard in range(plan.num_shards))
         return Choice(kept, codec, len(kept) * one, len(kept) * plan.num_shards)
 
     others = {(kept, codec) for kept in (layers, every, every[-1:]) for codec in CODECS} - {(layers, params.codec)}
