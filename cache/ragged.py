@@ -6,6 +6,7 @@ utterance of one array is one `preadv` into the caller's buffer: each shard's in
 between the chunks are stepped over, or compared if `verify` is set.
 """
 
+import math
 import os
 from collections.abc import Sequence
 from functools import cached_property
@@ -15,11 +16,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64, Shaped, UInt64
 
+from cache.codecs import Tables
 from cache.errors import StoreError
 from cache.frames import FrameSpan
 from cache.plan import StorePlan, plan_rows
 from cache.publish import canonical_json, read_json, write_json
 from cache.scatter import Reads, read_checked, read_rows
+from cache.tables import read_tables
 from cache.zarrshard import (
     CRC_BYTES,
     ArraySpec,
@@ -71,8 +74,8 @@ class Store:
         self.grid = Grid(header["chunk_rows"], header["shard_rows"])
         self.arrays = {name: ArraySpec(name, self.width, self.codec) for name in arrays}
         self.rows: Int64[np.ndarray, " U"] = read_column(self.directory / "rows", "<i8").astype(np.int64)
-        self._dtype = np.dtype(self.codec)
-        self._row_bytes = self._dtype.itemsize * (self.width or 1)
+        spec = self.spec("")
+        self.dtype, self.row_width, self._row_bytes = spec.dtype, math.prod(spec.inner), spec.row_bytes
         self._open: dict[tuple[str, int], int] = {}  # (array, shard) -> handle, oldest first
         self._tables: dict[str, Int64[np.ndarray, "2 N"]] = {}
 
@@ -87,6 +90,10 @@ class Store:
         text = read_column(self.directory / "ids", "u1").tobytes()
         ends = read_column(self.directory / "id_end", "<i8").tolist()
         return [text[a:b].decode() for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+
+    def tables(self, array: str) -> Tables:
+        """What the codec was fitted with for this layer; empty for codecs that need nothing."""
+        return read_tables(self.directory, self.spec(array))
 
     @cached_property
     def index(self) -> dict[str, int]:
@@ -108,11 +115,10 @@ class Store:
         return utterance
 
     def read(self, array: str, utterance: int | str, span: FrameSpan | None = None) -> Shaped[np.ndarray, "T ..."]:
-        """Rows of one utterance: (T, D), or (S,) of a wave; all of it, or the frames of `span`."""
+        """Rows of one utterance as stored: (T, W), or (S,) of a wave; all of it, or the frames of `span`."""
         u = self._number(utterance)
         rows = slice(0, int(self.rows[u])) if span is None else (span.samples if self.width is None else span.rows)
-        inner = () if self.width is None else (self.width,)
-        out = np.empty((max(rows.stop - rows.start, 0), *inner), dtype=self.codec)
+        out = np.empty((max(rows.stop - rows.start, 0), *self.spec(array).inner), dtype=self.dtype)
         held, shard, row = self._entries.take([u], axis=1)
         begin, count = np.array([rows.start]), np.array([rows.stop - rows.start])
         self._check_spans(np.array([u]), begin, count, held)
@@ -124,18 +130,19 @@ class Store:
         utterances: Sequence[int | str],
         arrays: Sequence[str],
         spans: Sequence[FrameSpan] | None = None,
-        out: Shaped[np.ndarray, "B L T D"] | None = None,
-    ) -> tuple[Shaped[np.ndarray, "B L T D"], Int64[np.ndarray, " B"]]:
+        out: Shaped[np.ndarray, "B L T W"] | None = None,
+    ) -> tuple[Shaped[np.ndarray, "B L T W"], Int64[np.ndarray, " B"]]:
         """Many utterances of many layers in one call.
 
         Returns:
-            (B, L, T, D) with zeros after the end of each utterance, and the (B,) frame counts. `out` is used where
-            it is given: a reused buffer saves its page faults. Its T may be larger than the longest utterance.
+            (B, L, T, W) as stored (`cache.codecs` says what a row is), with zeros after the end of each utterance, and the
+            (B,) frame counts. `out` is used where it is given: a reused buffer saves its page faults. Its T may be larger
+            than the longest utterance.
         """
         numbers = [self._number(u) for u in utterances]
         if out is None:
             longest = int(self.rows[numbers].max()) if spans is None else max(s.count for s in spans)
-            out = np.empty((len(numbers), len(arrays), longest, self.width or 1), dtype=self.codec)
+            out = np.empty((len(numbers), len(arrays), longest, self.row_width), dtype=self.dtype)
         counts = self.read_into(numbers, arrays, out, spans)
         for b, count in enumerate(counts.tolist()):
             out[b, :, count:] = 0
@@ -145,7 +152,7 @@ class Store:
         self,
         utterances: Sequence[int | str],
         arrays: Sequence[str],
-        out: Shaped[np.ndarray, "B L T D"],
+        out: Shaped[np.ndarray, "B L T W"],
         spans: Sequence[FrameSpan] | None = None,
     ) -> Int64[np.ndarray, " B"]:
         """Like `read_batch`, and what lies in `out` after the end of each utterance stays; gives the frame counts."""
@@ -155,7 +162,7 @@ class Store:
             begin, held, counts = np.array([s.start for s in spans]), counts, np.array([s.count for s in spans])
             self._check_spans(numbers, begin, counts, held)
             row = row + begin
-        assert out.dtype == self._dtype
+        assert out.dtype == self.dtype
         assert out.shape[:2] == (len(numbers), len(arrays))
         assert out.shape[2] >= max(counts.tolist())
         assert out[0, 0].flags.c_contiguous

@@ -13,6 +13,7 @@ from typing import Any
 from cache.errors import StoreError
 from cache.publish import digest_json, read_json
 from cache.ragged import FORMAT, Store, check_array
+from cache.tables import describe_tables, table_names, table_path
 from cache.writer import Journal
 from cache.zarrshard import shard_path
 
@@ -45,10 +46,7 @@ def make_receipt(directory: Path, arrays: Iterable[str]) -> dict[str, Any]:
     """
     store = Store(directory)
     journal = Journal(directory)
-    described: dict[str, dict[str, Any]] = {}
-    for name in arrays:
-        shards = _check_shards(store, journal, name)
-        described[name] = {"width": store.width, "codec": store.codec, "digest": digest_json(shards), "shards": shards}
+    described = {name: _describe(store, journal, name) for name in arrays}
     return {
         "format": FORMAT,
         "kind": store.kind,
@@ -57,16 +55,28 @@ def make_receipt(directory: Path, arrays: Iterable[str]) -> dict[str, Any]:
         "arrays": described,
         "utterances": len(store.rows),
         "rows": int(store.rows.sum()),
-        "bytes": sum(size for a in described.values() for size, _ in a["shards"]),
+        "bytes": sum(size for a in described.values() for size, _ in files_of(a)),
     }
 
 
-def _check_shards(store: Store, journal: Journal, array: str) -> list[list[Any]]:
-    """[bytes, xxh3] of every shard of an array, after comparing names and sizes with what lies there."""
-    check_array(store.directory, store.spec(array), store.grid, store.plan.num_rows)
+def array_digest(described: dict[str, Any]) -> str:
+    """What stands for all bytes of an array, and for those of the tables that its codec was fitted with."""
+    shards = described["shards"]
+    return digest_json({"shards": shards, "tables": described["tables"]} if "tables" in described else shards)
+
+
+def files_of(described: dict[str, Any]) -> list[list[Any]]:
+    """[bytes, xxh3] of every file that a receipt names for an array."""
+    return [*described["shards"], *described.get("tables", {}).values()]
+
+
+def _describe(store: Store, journal: Journal, array: str) -> dict[str, Any]:
+    """What a receipt says of an array, after comparing names and sizes with what lies there, and tables byte by byte."""
+    spec = store.spec(array)
+    check_array(store.directory, spec, store.grid, store.plan.num_rows)
     shards: list[list[Any]] = []
     for shard in range(store.plan.num_shards):
-        path = shard_path(store.directory, store.spec(array), shard)
+        path = shard_path(store.directory, spec, shard)
         row = journal.rows.get((array, shard))
         if row is None:
             raise StoreError(
@@ -81,7 +91,17 @@ def _check_shards(store: Store, journal: Journal, array: str) -> list[list[Any]]
                 f"{path} has {size} bytes and was committed with {row[0]}; run the stage that writes it again (`dvc repro -f`)"
             )
         shards.append([row[0], row[1]])
-    return shards
+    described: dict[str, Any] = {"width": store.width, "codec": store.codec, "shards": shards}
+    if names := table_names(spec):
+        there = describe_tables(store.directory, spec)
+        for table, name in names.items():
+            if there.get(name) != journal.rows.get((name, 0)):
+                raise StoreError(
+                    f"{table_path(store.directory, spec, table)} is missing or damaged, and {array} cannot be decoded without "
+                    "it; run the stage that writes it again (`dvc repro -f`), it makes this layer anew"
+                )
+        described["tables"] = {table: list(there[name]) for table, name in names.items()}
+    return {**described, "digest": array_digest(described)}
 
 
 def open_arrays(kind: str, key: str, arrays: dict[str, str], verify: bool = False) -> Store:
@@ -103,7 +123,7 @@ def open_arrays(kind: str, key: str, arrays: dict[str, str], verify: bool = Fals
             f"{directory} says it is {store.kind}/{store.key}: a store was copied over another; extract again"
         )
     for name, digest in arrays.items():
-        if digest_json(_check_shards(store, journal, name)) != digest:
+        if _describe(store, journal, name)["digest"] != digest:
             raise StoreError(
                 f"{directory}: {name} is not what the receipt describes; run `dvc repro` to bring both in step"
             )

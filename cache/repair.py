@@ -6,7 +6,6 @@ line that a receipt knows) is written anew on the spot. A store whose header or 
 the next extraction writes both again and keeps the shards.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +14,10 @@ from cache.errors import StoreError
 from cache.process import exclusive
 from cache.publish import fsync, named_io_errors, publish_file, write_json
 from cache.ragged import Store
+from cache.tables import table_names
 from cache.verify import HEADER, Finding, Verdict, read_journal, verify_store
-from cache.writer import JOURNAL
-from cache.zarrshard import array_metadata
+from cache.writer import JOURNAL, journal_line
+from cache.zarrshard import array_metadata, shard_path
 
 
 @dataclass
@@ -73,6 +73,16 @@ def _drop_shards(store: Store, verdict: Verdict, done: Repair) -> None:
     journal = read_journal(store.directory)
     rows, changed = dict(journal.rows), bool(journal.damaged) or journal.torn
     for finding in verdict.damage:
+        if finding.kind == "table":  # what its shards were encoded with is gone, so they are
+            assert finding.array is not None
+            tables = table_names(store.spec(finding.array)).values()
+            for name, shard in [place for place in rows if place[0] == finding.array or place[0] in tables]:
+                rows.pop((name, shard))
+                changed = True
+            done.dropped += [
+                shard_path(store.directory, store.spec(finding.array), shard).relative_to(store.directory).as_posix()
+                for shard in range(store.plan.num_shards)
+            ]
         if finding.array is None or finding.shard is None:
             continue
         place = (finding.array, finding.shard)
@@ -83,17 +93,14 @@ def _drop_shards(store: Store, verdict: Verdict, done: Repair) -> None:
             done.dropped.append(finding.place)
         changed = True
     for name, shard in list(rows):
-        known = (store.directory / name).is_dir() and 0 <= shard < store.plan.num_shards
+        array = name.partition(".")[0]
+        known = (store.directory / array).is_dir() and 0 <= shard < store.plan.num_shards
         if not known:
             rows.pop((name, shard))
             changed = True
     if changed:
         with publish_file(store.directory / JOURNAL) as partial:
-            lines = [
-                json.dumps({"array": array, "shard": shard, "bytes": size, "xxh3": digest}) + "\n"
-                for (array, shard), (size, digest) in rows.items()
-            ]
-            partial.write_text("".join(lines), encoding="utf-8")
+            partial.write_bytes(b"".join(journal_line(*place, *row) for place, row in rows.items()))
         done.rewritten.append(JOURNAL)
     if journal.damaged:  # whose line it was nobody knows: every file without a line goes
         done.dropped += [f.place for f in verdict.findings if f.kind == "unfinished"]

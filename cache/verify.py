@@ -16,9 +16,10 @@ import numpy as np
 import xxhash
 
 from cache.errors import DecantError, StoreError
-from cache.publish import digest_json, read_json
+from cache.publish import read_json
 from cache.ragged import FORMAT, Store, check_array, first_chunk
-from cache.receipts import store_key, store_path
+from cache.receipts import array_digest, files_of, store_key, store_path
+from cache.tables import check_table, describe_tables, table_names, table_path
 from cache.writer import JOURNAL
 from cache.zarrshard import CRC_BYTES, ArraySpec, crc32c, decode_index, shard_path, write_column
 
@@ -26,7 +27,7 @@ BLOCK_BYTES = 2**23  # read at a time
 COLUMNS = ("ids", "id_end", "rows", "start")
 HEADER = "zarr.json"
 
-Kind = Literal["header", "column", "metadata", "journal", "receipt", "missing", "damaged", "swapped", "extra"]
+Kind = Literal["header", "column", "metadata", "table", "journal", "receipt", "missing", "damaged", "swapped", "extra"]
 Remark = Literal["unfinished", "leftover"]  # no damage: what a killed run leaves and the next one clears
 
 
@@ -112,9 +113,9 @@ def read_receipt(path: Path) -> dict[str, Any]:
         raise StoreError(f"{path} is damaged: its key is not the digest of its fingerprint; {remedy}")
     try:
         for name, array in receipt["arrays"].items():
-            if digest_json(array["shards"]) != array["digest"]:
+            if array_digest(array) != array["digest"]:
                 raise StoreError(f"{path} is damaged: {name}.digest is not that of its shards; {remedy}")
-        total = sum(size for a in receipt["arrays"].values() for size, _ in a["shards"])
+        total = sum(size for a in receipt["arrays"].values() for size, _ in files_of(a))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{path} is damaged: its arrays are not a receipt's ({error}); {remedy}") from error
     if receipt.get("bytes") != total:
@@ -185,7 +186,7 @@ def verify_store(
     for path in receipts:
         for finding in _check_receipt(path, store, promised):
             say(finding)
-    arrays = sorted({*arrays_of(store), *(a for a, _ in promised)})
+    arrays = sorted({*arrays_of(store), *(a for a, _ in promised if is_array_name(a))})
     for array in arrays:
         spec = store.spec(array)
         known.add(f"{array}/zarr.json")
@@ -195,6 +196,10 @@ def verify_store(
             say(Finding("metadata", f"{array}/zarr.json", str(error), array))
         except AttributeError:  # JSON, and no object
             say(Finding("metadata", f"{array}/zarr.json", "it is no Zarr array's", array))
+        for finding in _check_tables(store, spec, journal, promised):
+            say(finding)
+        for table, name in table_names(spec).items():
+            known |= {f"{name}/zarr.json", table_path(directory, spec, table).relative_to(directory).as_posix()}
         for shard in range(plan.num_shards):
             place = shard_path(directory, spec, shard)
             known.add(place.relative_to(directory).as_posix())
@@ -206,8 +211,9 @@ def verify_store(
                 verdict.shards += 1
                 verdict.bytes += row[0] if full else 0
                 tick(row[0])
+    tables = {(name, 0) for array in arrays for name in table_names(store.spec(array)).values()}
     for array, shard in journal.rows:
-        if array not in arrays or not 0 <= shard < plan.num_shards:
+        if (array, shard) not in tables and (array not in arrays or not 0 <= shard < plan.num_shards):
             say(Finding("journal", JOURNAL, f"a line names shard {shard} of {array}, which this store does not have"))
     for file in sorted(p for p in directory.rglob("*") if not p.is_dir()):
         name = file.relative_to(directory).as_posix()
@@ -262,6 +268,28 @@ def _check_receipt(path: Path, store: Store, promised: dict[tuple[str, int], tup
             yield Finding("receipt", str(path), detail, name)
         else:
             promised |= {(name, shard): (size, digest) for shard, (size, digest) in enumerate(array["shards"])}
+            promised |= {(f"{name}.{t}", 0): (size, digest) for t, (size, digest) in array.get("tables", {}).items()}
+
+
+def _check_tables(
+    store: Store, spec: ArraySpec, journal: JournalText, promised: dict[tuple[str, int], tuple[int, str]]
+) -> Iterator[Finding]:
+    """What the codec of a layer was fitted with, byte by byte: they are few."""
+    there = describe_tables(store.directory, spec)
+    begun = any(array == spec.name for array, _ in [*journal.rows, *promised])
+    for table, name in table_names(spec).items():
+        place = table_path(store.directory, spec, table).relative_to(store.directory).as_posix()
+        wanted = {row for row in (journal.rows.get((name, 0)), promised.get((name, 0))) if row is not None}
+        if not wanted and not begun:  # killed before the first shard
+            yield Finding("unfinished", place, "was never committed; the next run makes it", spec.name)
+        elif name not in there or wanted != {there[name]}:
+            detail = "is missing, or not as it was committed: the layer cannot be decoded"
+            yield Finding("table", place, detail, spec.name)
+        else:
+            try:
+                check_table(store.directory, spec, table)
+            except StoreError as error:
+                yield Finding("table", f"{name}/zarr.json", str(error), spec.name)
 
 
 def _check_shard(

@@ -17,12 +17,14 @@ import numpy as np
 import xxhash
 from jaxtyping import Int16, Int64, Shaped
 
+from cache.codecs import Tables
 from cache.errors import DataError, ResourceError, StoreError
 from cache.plan import StorePlan, plan_rows
 from cache.process import exclusive
-from cache.publish import fsync, named_io_errors, write_json
+from cache.publish import fsync, named_io_errors, publish_file, write_json
 from cache.ragged import check_array, read_header, write_header
 from cache.scatter import start_flush
+from cache.tables import describe_tables, read_tables, table_names, tables_bytes, write_tables
 from cache.zarrshard import ArraySpec, Grid, array_metadata, encode_shard, shard_bytes, shard_path
 
 JOURNAL = "journal.jsonl"
@@ -48,7 +50,7 @@ class Journal:
 
     def append(self, array: str, shard: int, size: int, digest: str) -> None:
         """Record a shard; it counts once the line is on the disk."""
-        line = json.dumps({"array": array, "shard": shard, "bytes": size, "xxh3": digest}).encode() + b"\n"
+        line = journal_line(array, shard, size, digest)
         with named_io_errors(self.path), open(self.path, "ab") as file:
             if file.tell() != self.whole_bytes:
                 file.truncate(self.whole_bytes)
@@ -57,6 +59,20 @@ class Journal:
             os.fsync(file.fileno())
         self.whole_bytes += len(line)
         self.rows[array, shard] = size, digest
+
+    def keep_only(self, rows: dict[tuple[str, int], tuple[int, str]]) -> None:
+        """Write the journal anew, in one rename."""
+        if rows == self.rows:
+            return
+        lines = [journal_line(*place, *row) for place, row in rows.items()]
+        with publish_file(self.path) as partial:
+            partial.write_bytes(b"".join(lines))
+        self.rows, self.whole_bytes = dict(rows), sum(map(len, lines))
+
+
+def journal_line(array: str, shard: int, size: int, digest: str) -> bytes:
+    """How the journal records one committed file."""
+    return json.dumps({"array": array, "shard": shard, "bytes": size, "xxh3": digest}).encode() + b"\n"
 
 
 class StoreWriter:
@@ -70,11 +86,29 @@ class StoreWriter:
     def missing(self) -> dict[int, list[str]]:
         """Shards that still have to be made, and which arrays of each: not committed, or no longer as committed."""
         todo: dict[int, list[str]] = {}
+        unfitted = {name for name in self.specs if self.tables(name) is None}
         for shard in range(self.plan.num_shards):
-            names = [n for n in self.specs if not self._is_whole(n, shard)]
+            names = [n for n in self.specs if n in unfitted or not self._is_whole(n, shard)]
             if names:
                 todo[shard] = names
         return todo
+
+    def tables(self, array: str) -> Tables | None:
+        """What the codec of an array was fitted with, {} if it needs nothing; None if that is still to be done."""
+        spec = self.specs[array]
+        there = describe_tables(self.directory, spec)
+        if any(
+            there.get(name) is None or there[name] != self.journal.rows.get((name, 0))
+            for name in table_names(spec).values()
+        ):
+            return None
+        return read_tables(self.directory, spec)
+
+    def write_tables(self, array: str, tables: Tables) -> None:
+        """Commit what the codec of an array was fitted with; shards of it that are there were encoded with other tables."""
+        self.journal.keep_only({place: row for place, row in self.journal.rows.items() if place[0] != array})
+        for name, (size, digest) in write_tables(self.directory, self.specs[array], tables).items():
+            self.journal.append(name, 0, size, digest)
 
     def _is_whole(self, array: str, shard: int) -> bool:
         row = self.journal.rows.get((array, shard))
@@ -90,12 +124,13 @@ class StoreWriter:
         self.journal.append(array, shard, size, digest)
 
     def predicted_bytes(self) -> int:
-        """Bytes that the missing shards will take."""
-        return sum(
+        """Bytes that the missing shards and tables will take."""
+        shards = sum(
             shard_bytes(self.plan.used_rows(shard), self.specs[name], self.grid)
             for shard, names in self.missing().items()
             for name in names
         )
+        return shards + sum(tables_bytes(spec) for spec in self.specs.values() if self.tables(spec.name) is None)
 
     def check_space(self) -> None:
         """Refuse before the first forward what will not fit.

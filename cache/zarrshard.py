@@ -5,6 +5,7 @@ read at a thirtieth (docs/decisions/0003). What lies on disk is plain Zarr v3 (`
 which the tests read back with zarr-python and tensorstore.
 """
 
+import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,32 +16,43 @@ import google_crc32c
 import numpy as np
 from jaxtyping import Shaped, UInt64
 
+from cache.codecs import CODECS, Codec
 from cache.errors import StoreError
 from cache.publish import publish_file, write_json
 
 CRC_BYTES = 4
 NO_CHUNK = 2**64 - 1  # the mark of an absent chunk in a shard's index (Zarr v3, sharding codec)
-FILL: dict[str, Any] = {"float16": "NaN", "float32": "NaN", "int16": 0, "int64": 0, "uint8": 0}
 
 
 @dataclass(frozen=True, slots=True)
 class ArraySpec:
-    """What one array of a store is: (rows, width) of `codec`, or (rows,) where `width` is None."""
+    """What one array of a store is: rows of `width` features in a codec, or samples where `width` is None."""
 
     name: str
     width: int | None
+    """D: features of a frame, before encoding."""
     codec: str
-    """float16 | float32 | int16: the type on disk."""
+    """One of `cache.codecs.CODECS`."""
+
+    @property
+    def coding(self) -> Codec:
+        """The codec itself."""
+        return CODECS[self.codec]
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Type of one stored value."""
-        return np.dtype(self.codec)
+        """Type of one stored number."""
+        return self.coding.dtype
+
+    @property
+    def inner(self) -> tuple[int, ...]:
+        """Shape of one row on disk: (W,), or () of a wave."""
+        return () if self.width is None else (self.coding.row_width(self.width),)
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one row."""
-        return self.dtype.itemsize * (1 if self.width is None else self.width)
+        return self.dtype.itemsize * math.prod(self.inner)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +95,7 @@ def encode_shard(rows: Shaped[np.ndarray, "R ..."], spec: ArraySpec, grid: Grid)
     for c in range(used):
         data = flat[c * chunk_bytes : (c + 1) * chunk_bytes]
         if len(data) < chunk_bytes:  # the end of the last chunk is fill
-            fill = np.full(chunk_bytes // spec.dtype.itemsize, FILL[spec.codec], dtype=spec.dtype).view(np.uint8)
+            fill = np.full(chunk_bytes // spec.dtype.itemsize, spec.coding.fill, dtype=spec.dtype).view(np.uint8)
             data = np.concatenate([data, fill[len(data) :]])
         yield data.data
         yield crc32c(data)
@@ -108,22 +120,21 @@ def decode_index(data: bytes, grid: Grid, where: Path) -> UInt64[np.ndarray, "N 
 
 def array_metadata(spec: ArraySpec, grid: Grid, num_rows: int) -> dict[str, Any]:
     """The zarr.json of a sharded array."""
-    inner = [] if spec.width is None else [spec.width]
-    checked = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+    inner = list(spec.inner)
     sharding = {
         "chunk_shape": [grid.chunk_rows, *inner],
-        "codecs": checked,
-        "index_codecs": checked,
+        "codecs": _checked_bytes(spec.dtype),
+        "index_codecs": _checked_bytes(np.dtype("uint64")),
         "index_location": "end",
     }
     return {
         "zarr_format": 3,
         "node_type": "array",
         "shape": [num_rows, *inner],
-        "data_type": spec.codec,
+        "data_type": spec.coding.stored,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [grid.shard_rows, *inner]}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-        "fill_value": FILL[spec.codec],
+        "fill_value": spec.coding.fill,
         "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
         "dimension_names": ["row"] if spec.width is None else ["row", "channel"],
         "attributes": {},
@@ -135,36 +146,50 @@ def shard_path(store: Path, spec: ArraySpec, shard: int) -> Path:
     return store / spec.name / "c" / (str(shard) if spec.width is None else f"{shard}/0")
 
 
-def write_column(directory: Path, values: Shaped[np.ndarray, " N"]) -> None:
-    """Write a small one-dimensional array as a Zarr array of one checked chunk."""
+def _checked_bytes(dtype: np.dtype[Any]) -> list[dict[str, Any]]:
+    if dtype.itemsize == 1:  # one byte has no order, and tensorstore refuses one
+        return [{"name": "bytes"}, {"name": "crc32c"}]
+    return [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+
+
+def write_column(directory: Path, values: Shaped[np.ndarray, "..."]) -> None:
+    """Write a small array as a Zarr array of one checked chunk."""
     body = values.astype(values.dtype.newbyteorder("<")).tobytes()
-    (directory / "c").mkdir(parents=True, exist_ok=True)
-    with publish_file(directory / "c" / "0") as partial:
+    place = column_path(directory, values.ndim)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with publish_file(place) as partial:
         partial.write_bytes(body + crc32c(body))
-    metadata = {
+    write_json(directory / "zarr.json", column_metadata(values.shape, values.dtype.name))
+
+
+def column_metadata(shape: tuple[int, ...], dtype: str) -> dict[str, Any]:
+    """The zarr.json of a small array of one chunk."""
+    return {
         "zarr_format": 3,
         "node_type": "array",
-        "shape": [len(values)],
-        "data_type": values.dtype.name,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [len(values)]}},
+        "shape": list(shape),
+        "data_type": dtype,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(shape)}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
         "fill_value": 0,
-        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+        "codecs": _checked_bytes(np.dtype(dtype)),
         "attributes": {},
     }
-    if values.dtype.itemsize == 1:  # one byte has no order, and tensorstore refuses one
-        metadata["codecs"] = [{"name": "bytes"}, {"name": "crc32c"}]
-    write_json(directory / "zarr.json", metadata)
 
 
-def read_column(directory: Path, dtype: str) -> Shaped[np.ndarray, " N"]:
-    """Read what `write_column` wrote.
+def column_path(directory: Path, ndim: int = 1) -> Path:
+    """The one chunk of a small array."""
+    return directory.joinpath("c", *["0"] * ndim)
+
+
+def read_column(directory: Path, dtype: str, ndim: int = 1) -> Shaped[np.ndarray, " N"]:
+    """Read what `write_column` wrote, flat.
 
     Raises:
         StoreError: missing or damaged.
     """
     try:
-        data = (directory / "c" / "0").read_bytes()
+        data = column_path(directory, ndim).read_bytes()
     except FileNotFoundError:
         raise StoreError(f"{directory} is missing from the store; delete the store and extract again") from None
     if crc32c(data[:-CRC_BYTES]) != data[-CRC_BYTES:]:

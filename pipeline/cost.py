@@ -7,19 +7,21 @@ and encoded as extraction does it.
 import time
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
+from cache.codecs import CODECS
 from cache.frames import RATE_HZ, frames_of
 from cache.manifest import Manifest
 from cache.plan import plan_rows
 from cache.ragged import Store
+from cache.tables import tables_bytes
 from cache.zarrshard import ArraySpec, Grid, shard_bytes
-from pipeline.extract import ExtractParams, Keep, kept_layers, length_batches
-from pipeline.padding import pad_waves
+from pipeline.codecs import encode
+from pipeline.extract import ExtractParams, Keep, kept_layers
+from pipeline.forward import draw_utterances, forward_batches
 from pipeline.upstream import Upstream
 
-CODECS = ("float16", "float32")
+OTHERS = ("float32", "float16", "int8", "mvq16")  # shown beside the codec that is set
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +83,9 @@ def cost_of(
     def choice(kept: tuple[int, ...], codec: str) -> Choice:
         spec = ArraySpec("layer", upstream.width, codec)
         one = sum(shard_bytes(plan.used_rows(shard), spec, grid) for shard in range(plan.num_shards))
-        return Choice(kept, codec, len(kept) * one, len(kept) * plan.num_shards)
+        return Choice(kept, codec, len(kept) * (one + tables_bytes(spec)), len(kept) * plan.num_shards)
 
-    others = {(kept, codec) for kept in (layers, every, every[-1:]) for codec in CODECS} - {(layers, params.codec)}
+    others = {(kept, codec) for kept in (layers, every, every[-1:]) for codec in OTHERS} - {(layers, params.codec)}
     sample, rate = timed_sample(upstream, chosen, waves, params, layers, device, sample_seconds, seed)
     return Cost(
         chosen=choice(layers, params.codec),
@@ -106,20 +108,17 @@ def timed_sample(
     seed: int,
 ) -> tuple[float, float]:
     """Seconds of audio drawn, and audio-seconds per second of forward and encoding over them."""
-    drawn: list[int] = []
-    for u in np.random.default_rng(seed).permutation(len(manifest)).tolist():
-        drawn.append(u)
-        if manifest.samples[drawn].sum() >= sample_seconds * RATE_HZ:
-            break
+    drawn = draw_utterances(manifest, sample_seconds, seed)
     sample = Manifest(tuple(manifest[u] for u in drawn))
-    batches = list(length_batches(sample, range(len(sample)), params.batch_seconds))
-    for number, batch in enumerate([batches[-1], *batches]):  # the last one twice: first as a warm-up
-        if number == 1:
-            start = time.perf_counter()
-        padded, samples = pad_waves([waves.read("wave", sample[u].id) for u in batch])
-        with torch.inference_mode():
-            states = upstream.layers(padded.to(device), samples.to(device))
-            for layer in layers:  # the copy to the host waits for the device
-                states[layer].to(getattr(torch, params.codec)).cpu()
+    codec = CODECS[params.codec]
+    generator = torch.Generator().manual_seed(seed)
+    tables = {t: torch.randn(codec.table_shape(t, upstream.width), generator=generator) for t in codec.tables}
+    tables = {name: table.abs().to(device) for name, table in tables.items()}  # cost the same as fitted ones
+    for _ in forward_batches(upstream, sample, waves, [int(sample.samples.argmin())], params.batch_seconds, device):
+        pass  # warms up
+    start = time.perf_counter()
+    for batch in forward_batches(upstream, sample, waves, range(len(sample)), params.batch_seconds, device):
+        for layer in layers:  # the copy to the host waits for the device
+            encode(batch.layers[layer], codec, tables).cpu()
     seconds = float(sample.samples.sum()) / RATE_HZ
     return seconds, seconds / (time.perf_counter() - start)

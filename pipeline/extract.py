@@ -5,7 +5,7 @@ encoded and written as whole files, one per layer. A shard is committed or it is
 missing, and layers asked for later are added to the same store.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -14,13 +14,16 @@ import torch
 from jaxtyping import Shaped
 from pydantic import BaseModel, Field
 
+from cache.codecs import CODECS
 from cache.errors import DataError, SettingsError, StoreError
 from cache.frames import RATE_HZ, frames_of
 from cache.manifest import Manifest
 from cache.ragged import Store, layer_name, layer_of
 from cache.receipts import make_receipt, store_key, store_path
 from cache.writer import StoreWriter, open_writer
-from pipeline.padding import pad_waves
+from pipeline.calibrate import Calibration, fit_tables, sample_layers
+from pipeline.codecs import can_hold, encode, to_device
+from pipeline.forward import draw_utterances, forward_batches
 from pipeline.upstream import Upstream
 
 
@@ -29,8 +32,10 @@ class ExtractParams(BaseModel, frozen=True, extra="forbid"):
 
     version: int
     """Raise it after a change of code that moves the features: the source files are no dependency of extraction."""
-    codec: Literal["float16", "float32"]
-    """Type on disk."""
+    codec: Literal["float32", "float16", "bfloat16", "int8", "mvq8", "mvq16", "mvq32"]
+    """How a frame lies on disk: docs/codecs.md says what each costs and loses."""
+    calibration: Calibration
+    """What int8 and mvq are fitted to; the others need none."""
     chunk_frames: int = Field(gt=0)
     """Frames per checksummed chunk."""
     shard_frames: int = Field(gt=0)
@@ -90,6 +95,8 @@ def extract(
         "precision": precision_of(device),
         "version": params.version,
     }
+    if CODECS[params.codec].tables:
+        fingerprint["calibration"] = params.calibration.model_dump()
     key = store_key("features", fingerprint)
     directory = store_path("features", key)
     header = {
@@ -104,6 +111,7 @@ def extract(
     check_waves(chosen, waves)
     with open_writer(directory, header, [u.id for u in chosen], rows, names) as writer:
         writer.check_space()
+        fit_layers(upstream, chosen, waves, writer, params, device)
         todo = writer.missing()
         seconds = [
             chosen.samples[list(writer.plan.utterances(s))].sum() / RATE_HZ for s in range(writer.plan.num_shards)
@@ -123,11 +131,23 @@ def extract(
 
 
 def _commit(
-    writer: StoreWriter, shard: int, buffers: dict[str, Shaped[np.ndarray, "R D"]], tick: Tick, seconds: float
+    writer: StoreWriter, shard: int, buffers: dict[str, Shaped[np.ndarray, "R W"]], tick: Tick, seconds: float
 ) -> None:
     for array, rows in buffers.items():
         writer.write(array, shard, rows)
     tick(seconds)
+
+
+def fit_layers(
+    upstream: Upstream, manifest: Manifest, waves: Store, writer: StoreWriter, params: ExtractParams, device: str
+) -> None:
+    """Fit the codec to those layers of the store that it is not fitted to yet, on drawn utterances."""
+    names = [name for name in writer.specs if writer.tables(name) is None]
+    if not names:
+        return
+    drawn = draw_utterances(manifest, params.calibration.seconds, params.calibration.seed)
+    for name, frames in sample_layers(upstream, manifest, waves, drawn, names, params.batch_seconds, device):
+        writer.write_tables(name, fit_tables(frames, CODECS[params.codec], params.calibration.seed))
 
 
 def forward_shard(
@@ -139,36 +159,27 @@ def forward_shard(
     arrays: Sequence[str],
     params: ExtractParams,
     device: str,
-) -> dict[str, Shaped[np.ndarray, "R D"]]:
+) -> dict[str, Shaped[np.ndarray, "R W"]]:
     """The encoded rows of one shard, per array. A pure function of the plan: restarts meet the same batches."""
     plan = writer.plan
     first_row = shard * plan.shard_rows
-    out = {a: np.empty((plan.used_rows(shard), upstream.width), dtype=params.codec) for a in arrays}
-    for batch in length_batches(manifest, plan.utterances(shard), params.batch_seconds):
-        padded, samples = pad_waves([waves.read("wave", manifest[u].id) for u in batch])
-        with torch.inference_mode():
-            layers = upstream.layers(padded.to(device), samples.to(device))
-            for array in arrays:
-                states = layers[layer_of(array)]
-                encoded = states.to(getattr(torch, params.codec)).cpu().numpy()
-                for row, u in enumerate(batch):
-                    count = manifest[u].num_frames
-                    check_frames(encoded[row], count, manifest[u].id, array, params.codec)
-                    at = int(plan.start[u]) - first_row
-                    out[array][at : at + count] = encoded[row, :count]
+    specs = {a: writer.specs[a] for a in arrays}
+    tables = {a: to_device(writer.tables(a) or {}, device) for a in arrays}
+    out = {a: np.empty((plan.used_rows(shard), *s.inner), dtype=s.dtype) for a, s in specs.items()}
+    for batch in forward_batches(upstream, manifest, waves, plan.utterances(shard), params.batch_seconds, device):
+        for array, spec in specs.items():
+            states = batch.layers[layer_of(array)].float()
+            finite = can_hold(states, spec.coding, tables[array]).cpu()
+            rows = encode(states, spec.coding, tables[array]).cpu().numpy()
+            for b, (u, count) in enumerate(zip(batch.utterances, batch.counts, strict=True)):
+                if not bool(finite[b, :count].all()):
+                    raise DataError(
+                        f"{manifest[u].id}: {array} has values that are not finite in {params.codec}; "
+                        "look at the recording, or set extract.codec: float32"
+                    )
+                at = int(plan.start[u]) - first_row
+                out[array][at : at + count] = rows[b, :count]
     return out
-
-
-def length_batches(manifest: Manifest, utterances: range, batch_seconds: float) -> Iterator[list[int]]:
-    """Utterances of a shard by length, longest first, in batches of at most `batch_seconds` of padded audio."""
-    budget = batch_seconds * RATE_HZ
-    batch: list[int] = []
-    for u in sorted(utterances, key=lambda u: (-manifest[u].samples, u)):
-        if batch and (len(batch) + 1) * manifest[batch[0]].samples > budget:
-            yield batch
-            batch = []
-        batch.append(u)
-    yield batch
 
 
 def kept_layers(keep: Keep, upstream: Upstream) -> list[int]:
@@ -200,22 +211,6 @@ def check_waves(manifest: Manifest, waves: Store) -> None:
             raise StoreError(
                 f"{u.id} {found} in {waves.directory}, the manifest says {u.samples}; run `decant prepare` again"
             )
-
-
-def check_frames(encoded: Shaped[np.ndarray, "T D"], count: int, utterance: str, array: str, codec: str) -> None:
-    """Refuse a frame count that is not the formula's, and values that the codec cannot hold.
-
-    Raises:
-        DataError: too few frames, or values that are not finite.
-    """
-    if len(encoded) < count:
-        raise DataError(
-            f"{utterance}: the model gave {len(encoded)} frames and the manifest says {count}; is its hop 320 samples?"
-        )
-    if not np.isfinite(encoded[:count]).all():
-        raise DataError(
-            f"{utterance}: {array} has values that are not finite in {codec}; look at the recording, or set extract.codec: float32"
-        )
 
 
 def precision_of(device: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from cache.manifest import Manifest, Utterance, write_manifest
 from cache.publish import write_json
 from cache.receipts import make_receipt, open_receipt, store_key, store_path
 from cache.writer import WaveWriter
+from pipeline.calibrate import Calibration
 from pipeline.extract import ExtractParams, Keep, extract
 from pipeline.student.checkpoint import save_student
 from pipeline.student.encoder import Encoder, initialise
@@ -58,7 +59,15 @@ STUDENT: dict[str, Any] = {
     },
     "seed": 3,
 }
-EXTRACT = ExtractParams(version=1, codec="float16", chunk_frames=16, shard_frames=256, batch_seconds=4.0)
+SAMPLE = Calibration(seconds=60, seed=0)
+EXTRACT = ExtractParams(
+    version=1,
+    codec="float16",
+    chunk_frames=16,
+    shard_frames=256,
+    batch_seconds=4.0,
+    calibration=SAMPLE,
+)
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,10 @@ def paths(tmp_path, **changes):
     return [str(part) for option in options.items() for part in option]
 
 
-EXTRACT = "{version: 1, codec: float16, chunk_frames: 64, shard_frames: 8192, batch_seconds: 30}"
+EXTRACT = (
+    "{version: 1, codec: float16, chunk_frames: 64, shard_frames: 8192, batch_seconds: 30, "
+    "calibration: {seconds: 60, seed: 0}}"
+)
 KEEP = "{layers: all, select: all}"
 
 

@@ -6,10 +6,13 @@ import pytest
 
 from cache.errors import ResourceError
 from cache.receipts import open_receipt
+from pipeline.calibrate import Calibration
 from pipeline.cost import cost_of
 from pipeline.extract import ExtractParams, Keep, extract
 from pipeline.logmel import load_logmel
 from stages.cacheplan import main
+
+SAMPLE = Calibration(seconds=60, seed=0)  # more than there is: all of it
 
 
 @pytest.fixture
@@ -18,24 +21,37 @@ def logmel(tmp_path):
     return load_logmel(tmp_path / "logmel.json")
 
 
-@pytest.mark.parametrize("codec", ["float16", "float32"])
+@pytest.mark.parametrize("codec", ["float16", "float32", "int8"])
 @pytest.mark.parametrize("shard_frames", [96, 8192])
 def test_planned_bytes_and_files_are_those_written(tiny_corpus, logmel, codec, shard_frames):
-    params = ExtractParams(version=1, codec=codec, chunk_frames=16, shard_frames=shard_frames, batch_seconds=4.0)
+    params = ExtractParams(
+        version=1,
+        codec=codec,
+        chunk_frames=16,
+        shard_frames=shard_frames,
+        batch_seconds=4.0,
+        calibration=SAMPLE,
+    )
     keep = Keep(layers="all", select="all")
     cost = cost_of(logmel, tiny_corpus.manifest, tiny_corpus.waves, params, keep, "cpu", 2.0, seed=0)
     receipt = extract(logmel, tiny_corpus.manifest, tiny_corpus.waves, params, keep, "cpu", lambda *_, **__: None)
-    files = [f for f in open_receipt(receipt).directory.glob("layer-*/c/*/0")]
-    assert cost.chosen.bytes == receipt["bytes"] == sum(f.stat().st_size for f in files)
+    directory = open_receipt(receipt).directory
+    files, tables = list(directory.glob("layer-*/c/*/0")), list(directory.glob("layer-*.*/c/0"))
+    assert len(tables) == (2 if codec == "int8" else 0)
+    assert cost.chosen.bytes == receipt["bytes"] == sum(f.stat().st_size for f in files + tables)
     assert cost.chosen.files == len(files)
-    other = next(c for c in cost.alternatives if c.codec != codec and c.layers == cost.chosen.layers)
-    assert (other.bytes > cost.chosen.bytes) is (codec == "float16")
+    sizes = {c.codec: c.bytes for c in (*cost.alternatives, cost.chosen) if c.layers == cost.chosen.layers}
+    assert sorted(sizes, key=sizes.__getitem__) in (
+        ["int8", "float16", "float32", "mvq16"],  # of so little audio: its codebooks are larger than the frames
+        ["int8", "float16", "mvq16", "float32"],
+    )
     assert cost.sample_seconds >= 2.0
     assert cost.hours == pytest.approx(cost.hours_of_audio / cost.rate)
 
 
 def test_what_does_not_fit_is_printed_and_refused(tiny_corpus, logmel, tmp_path, monkeypatch, capsys):
-    settings = "{version: 1, codec: float16, chunk_frames: 64, shard_frames: 8192, batch_seconds: 30}"
+    settings = "{version: 1, codec: float16, chunk_frames: 64, shard_frames: 8192, batch_seconds: 30"
+    settings += ", calibration: {seconds: 60, seed: 0}}"
     (tmp_path / "params.yaml").write_text(f"extract: {settings}\nkeep: {{layers: all, select: all}}\n")
     places = (
         tmp_path / "logmel.json",
@@ -50,5 +66,5 @@ def test_what_does_not_fit_is_printed_and_refused(tiny_corpus, logmel, tmp_path,
     with pytest.raises(ResourceError, match="keep takes 0.00 GB; keep fewer layers, or set DECANT_STORE"):
         main(*places, device="cpu", sample_sec=1.0, as_json=False)
     printed = capsys.readouterr().out
-    assert printed.count("does not fit") == 2
+    assert printed.count("does not fit") == 4
     assert printed.splitlines()[3].startswith("* 0 ")

@@ -6,10 +6,13 @@ import torch
 import transformers
 
 from cache.receipts import open_receipt
+from pipeline.calibrate import Calibration
 from pipeline.extract import ExtractParams, Keep, extract
 from pipeline.teachers.forward import load_teacher
 from pipeline.teachers.sources import Folder, TeacherParams, materialise
 from tests.conftest import TINY_HUBERT
+
+SAMPLE = Calibration(seconds=60, seed=0)  # more than there is: all of it
 
 
 @pytest.fixture
@@ -29,7 +32,14 @@ def hubert(tmp_path):
 @pytest.mark.parametrize("codec", ["float32", "float16"])
 def test_a_cached_frame_is_what_transformers_gives_for_that_utterance_alone(tiny_corpus, hubert, codec, batch_seconds):
     reference, folder = hubert
-    params = ExtractParams(version=1, codec=codec, chunk_frames=16, shard_frames=256, batch_seconds=batch_seconds)
+    params = ExtractParams(
+        version=1,
+        codec=codec,
+        chunk_frames=16,
+        shard_frames=256,
+        batch_seconds=batch_seconds,
+        calibration=SAMPLE,
+    )
     keep = Keep(layers="all", select="all")
     receipt = extract(
         load_teacher(folder), tiny_corpus.manifest, tiny_corpus.waves, params, keep, "cpu", lambda *_, **__: None

@@ -14,11 +14,21 @@ import yaml
 from cache.errors import DataError, SettingsError, StoreError
 from cache.manifest import Manifest
 from cache.receipts import open_receipt
+from pipeline.calibrate import Calibration
 from pipeline.extract import ExtractParams, Keep, extract
 from pipeline.logmel import LogMel, LogMelParams
 from pipeline.padding import LengthMaskedGroupNorm, pad_waves
 
-PARAMS = ExtractParams(version=1, codec="float32", chunk_frames=16, shard_frames=128, batch_seconds=4.0)
+SAMPLE = Calibration(seconds=60, seed=0)  # more than there is: all of it
+
+PARAMS = ExtractParams(
+    version=1,
+    codec="float32",
+    chunk_frames=16,
+    shard_frames=128,
+    batch_seconds=4.0,
+    calibration=SAMPLE,
+)
 ALL = Keep(layers="all", select="all")
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Literal, NamedTuple, overload
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int32, Int64
+from jaxtyping import Float, Int32, Int64, Shaped
 from pydantic import BaseModel, Field
 from torch import Tensor
 
@@ -59,8 +59,8 @@ class Batch(NamedTuple):
     ids: list[str]
     waves: Float[Tensor, "B S"]
     samples: Int64[Tensor, " B"]
-    targets: Float[Tensor, "B N T E"]
-    """As stored; zero after each utterance's end."""
+    targets: Shaped[Tensor, "B N T W"]
+    """Rows as stored, decoded on the device; zero after each utterance's end."""
     frames: Int64[Tensor, " B"]
 
 

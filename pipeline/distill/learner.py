@@ -1,7 +1,7 @@
 """The learner: a batch in, loss terms and updated weights out; student and heads together, on one device."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -88,14 +88,28 @@ class Update(NamedTuple):
 class Learner(nn.Module):
     """A student with its heads and their optimiser."""
 
-    def __init__(self, params: StudentParams, targets: Targets, init: Path | None, device: str) -> None:
+    def __init__(
+        self,
+        params: StudentParams,
+        targets: Targets,
+        init: Path | None,
+        device: str,
+        decode: Callable[[Tensor], Tensor] = torch.Tensor.float,
+    ) -> None:
         """Build and initialise; a pure function of the settings and the init file.
+
+        Args:
+            params: the student's settings.
+            targets: the arrays it predicts.
+            init: weights to adopt.
+            device: cpu, cuda, cuda:1.
+            decode: stored rows (B, N, T, W) to frames (B, N, T, E); a `pipeline.codecs.Decoder` unless they are floats.
 
         Raises:
             SettingsError: the init is to be adopted and is not given or does not fit.
         """
         super().__init__()
-        self.params, self.device = params, torch.device(device)
+        self.params, self.device, self.decode = params, torch.device(device), decode
         self.encoder = Encoder(params.shape, params.train.feature_grad_mult)
         self.heads = PredictionHeads(params.shape.width, targets.num_heads, targets.width)
         generator = torch.Generator().manual_seed(params.seed)
@@ -116,7 +130,7 @@ class Learner(nn.Module):
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
             states = self.encoder(batch.waves.to(self.device), batch.samples.to(self.device))
             predicted = self.heads(self.encoder.read_out(states))
-        targets, frames = batch.targets.to(self.device), batch.frames.to(self.device)
+        targets, frames = self.decode(batch.targets.to(self.device)), batch.frames.to(self.device)
         mask = frame_mask(frames, targets.shape[2])
         return distillation_loss(predicted, targets, mask, train.l1_weight, train.cosine_weight), predicted
 

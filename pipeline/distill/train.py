@@ -20,6 +20,7 @@ from cache.manifest import Manifest
 from cache.process import exclusive
 from cache.publish import digest_file, digest_json, named_io_errors, publish_dir, read_json, write_json
 from cache.ragged import Store
+from pipeline.codecs import Decoder
 from pipeline.distill.batches import Batch, BatchReader, plan_epoch
 from pipeline.distill.curves import Curves
 from pipeline.distill.interrupt import stop_requested
@@ -76,9 +77,11 @@ def distil(
             "init": None if init is None or not init.exists() else digest_file(init),
             "audio": digest_json([[u.id, u.audio, u.split] for u in manifest]),
         }
-        learner = Learner(params, targets, init, device)
         splits = {name: manifest.select(split=name) for name in ("train", "dev")}
-        readers = _open_readers(params, targets, manifest, waves, splits)
+        features = _open_features(params, targets, manifest, splits)
+        arrays = list(targets.arrays)
+        learner = Learner(params, targets, init, device, Decoder(features, arrays, device))
+        readers = {n: BatchReader(split, waves, features, arrays) for n, split in splits.items() if len(split)}
         _discard_other(run, facts, device, say)  # after all checks: a wrong path must not cost a state
         with ThreadPoolExecutor(1) as executor, stop_requested() as stopping:
             progress = _train(learner, readers, run, executor, stopping, tick, say)
@@ -124,9 +127,7 @@ def _discard_other(run: Path, facts: dict[str, Any], device: str, say: Say) -> N
     write_json(run / "run.json", {"facts": facts, "machine": machine})
 
 
-def _open_readers(
-    params: StudentParams, targets: Targets, manifest: Manifest, waves: Store, splits: dict[str, Manifest]
-) -> dict[str, BatchReader]:
+def _open_features(params: StudentParams, targets: Targets, manifest: Manifest, splits: dict[str, Manifest]) -> Store:
     if manifest.audio_digest != targets.audio:
         raise StoreError(
             "the targets were extracted from other audio, or from a selection of it, than this manifest lists; "
@@ -136,10 +137,7 @@ def _open_readers(
         if not len(splits[name]):
             hint = "; set train.validate_every: null to train without" if name == "dev" else ""
             raise DataError(f"the manifest has no utterance of split {name!r}{hint}")
-    features = open_targets(targets)
-    return {
-        name: BatchReader(split, waves, features, list(targets.arrays)) for name, split in splits.items() if len(split)
-    }
+    return open_targets(targets)
 
 
 def _train(
@@ -227,9 +225,10 @@ def _not_finite(learner: Learner, batch: Batch, update: Update, run: Path, step:
     tensors["predicted"] = predicted.float().cpu().contiguous()
     (place / "batch.safetensors").write_bytes(save(tensors))
     write_json(place / "batch.json", {"step": step, "ids": batch.ids, "rate": update.rate})
+    decoded = learner.decode(batch.targets.to(learner.device))
     bad = [
         name
-        for name, targets, count in zip(batch.ids, batch.targets, batch.frames.tolist(), strict=True)
+        for name, targets, count in zip(batch.ids, decoded, batch.frames.tolist(), strict=True)
         if not bool(torch.isfinite(targets[:, :count]).all())
     ]
     where = f"batch and predictions are in {place}"

@@ -7,7 +7,6 @@ utterance, enough for every head, seed and learning rate of a probe (`pipeline.t
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -15,13 +14,11 @@ from torch import Tensor
 from cache.errors import DataError, StoreError
 from cache.manifest import Manifest
 from cache.ragged import Store
+from pipeline.codecs import Decoder
 from pipeline.tasks.heads import mean_over_frames, normalise
 
 BLOCK_VALUES = 1 << 24
 """Numbers (L x T x D, padding included) held at a time while pooling: 64 MiB as float32."""
-
-READABLE = ("float16", "float32")
-"""Codecs whose rows are the numbers themselves."""
 
 
 class PooledFeatures(NamedTuple):
@@ -52,16 +49,15 @@ def pool(
     width = store.width
     if width is None or not layers:
         raise StoreError(f"the store {store.key} holds no layers; give the receipt of a feature store")
-    if store.codec not in READABLE:
-        raise StoreError(f"the store {store.key} is kept as {store.codec}; probes read {' and '.join(READABLE)}")
+    decode = Decoder(store, layers, "cpu")
     frames = _checked_frames(store, manifest, ids)
     means = torch.empty(len(ids), len(layers), width)
     for block in _blocks(store, ids, frames, values_per_frame=len(layers) * width):
         encoded, counts = store.read_batch([ids[number] for number in block], layers)
-        batch = torch.from_numpy(np.asarray(encoded, dtype=np.float32))
+        batch = decode(torch.from_numpy(encoded))
         if normalise_layers:
             batch = normalise(batch)
-        valid = torch.arange(batch.shape[2])[None] < torch.from_numpy(np.asarray(counts))[:, None]
+        valid = torch.arange(batch.shape[2])[None] < torch.from_numpy(counts)[:, None]
         means[block] = mean_over_frames(batch, valid)
         if on_pooled is not None:
             on_pooled(float(len(block)))

@@ -1,0 +1,92 @@
+"""What a codec was fitted to a layer with in, small arrays beside the layer out; and back.
+
+The tables of "layer-04" lie in "layer-04.mean", "layer-04.std" and "layer-04.codebooks": float32 arrays of one checked
+chunk, readable by any Zarr reader. They are committed before the first frame is encoded with them, each by a line in the
+journal, and a receipt names them. A layer whose table is damaged is lost with it: fitted anew on another machine it
+may differ in the last bit, and frames must be decoded with what they were encoded with.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from cache.codecs import Tables
+from cache.errors import StoreError
+from cache.publish import canonical_json, read_json
+from cache.zarrshard import CRC_BYTES, ArraySpec, column_metadata, column_path, read_column, write_column
+
+TABLE_TYPE = "float32"
+
+
+def table_names(spec: ArraySpec) -> dict[str, str]:
+    """Table -> name of its array, for each table of the layer's codec."""
+    return {table: f"{spec.name}.{table}" for table in spec.coding.tables}
+
+
+def table_path(store: Path, spec: ArraySpec, table: str) -> Path:
+    """The file that holds a table."""
+    return column_path(store / table_names(spec)[table], len(_shape(spec, table)))
+
+
+def _shape(spec: ArraySpec, table: str) -> tuple[int, ...]:
+    assert spec.width is not None
+    return spec.coding.table_shape(table, spec.width)
+
+
+def tables_bytes(spec: ArraySpec) -> int:
+    """Bytes of the files of all tables of a layer."""
+    return sum(_table_bytes(spec, table) for table in table_names(spec))
+
+
+def _table_bytes(spec: ArraySpec, table: str) -> int:
+    return np.dtype(TABLE_TYPE).itemsize * math.prod(_shape(spec, table)) + CRC_BYTES
+
+
+def write_tables(store: Path, spec: ArraySpec, tables: Tables) -> dict[str, tuple[int, str]]:
+    """Write the tables of a layer; gives (bytes, xxh3-128) of each file by the name of its array."""
+    for table, name in table_names(spec).items():
+        assert tables[table].shape == _shape(spec, table)
+        assert tables[table].dtype == TABLE_TYPE
+        write_column(store / name, tables[table])
+    return describe_tables(store, spec)
+
+
+def describe_tables(store: Path, spec: ArraySpec) -> dict[str, tuple[int, str]]:
+    """(bytes, xxh3-128) of the file of each table that is there, by the name of its array."""
+    described = {}
+    for table, name in table_names(spec).items():
+        if (path := table_path(store, spec, table)).exists():
+            data = path.read_bytes()
+            described[name] = len(data), xxhash.xxh3_128_hexdigest(data)
+    return described
+
+
+def read_tables(store: Path, spec: ArraySpec) -> Tables:
+    """The tables of a layer.
+
+    Raises:
+        StoreError: missing, damaged, or of another shape.
+    """
+    tables = {}
+    for table, name in table_names(spec).items():
+        shape = _shape(spec, table)
+        check_table(store, spec, table)
+        tables[table] = read_column(store / name, "<f4", len(shape)).astype(np.float32).reshape(shape)
+    return tables
+
+
+def check_table(store: Path, spec: ArraySpec, table: str) -> None:
+    """Refuse a table whose zarr.json or size is not what this layer's must be, before it is read.
+
+    Raises:
+        StoreError: missing or different.
+    """
+    shape, place = _shape(spec, table), store / table_names(spec)[table]
+    if canonical_json(read_json(place / "zarr.json")) != canonical_json(column_metadata(shape, TABLE_TYPE)):
+        raise StoreError(f"{place}/zarr.json is not that of a {shape} table of {TABLE_TYPE}; extract again")
+    file = table_path(store, spec, table)
+    want = _table_bytes(spec, table)
+    if not file.exists() or file.stat().st_size != want:
+        raise StoreError(f"{file} is missing or has not {want} bytes; extract again")
