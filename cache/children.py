@@ -112,6 +112,10 @@ class Child:
         with suppress(BrokenPipeError, ConnectionResetError):
             self._pipe.send(request)
 
+    def has_answer(self) -> bool:
+        """Whether `recv` would return, or raise, at once."""
+        return self._pipe.poll()
+
     def recv(self) -> Any:
         """Wait for the next answer.
 

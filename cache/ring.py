@@ -120,6 +120,10 @@ class Ring(Generic[Item, Meta]):
         self._given += 1
         return meta, slot
 
+    def ready(self) -> bool:
+        """Whether `next` would return at once: where it is often False, reading is what the caller waits for."""
+        return self._given == self._sent or self._workers[self._given % len(self._workers)].has_answer()
+
     def _ask(self) -> None:
         """Request a filling of every slot that is free."""
         free = max(0, self._given - self._hold + 1) + self._slots - self._sent

@@ -95,6 +95,20 @@ def test_workers_run_ahead_by_the_slots_while_the_caller_is_busy_and_no_further(
         assert sorted(map(int, notes.read_text().split())) == list(range(7)) == taken
 
 
+def test_a_caller_can_see_whether_it_would_have_to_wait():
+    with Ring(SlowToStart(), range(3), SLOT, slots=3) as ring:
+        assert not ring.ready()
+        for _ in range(3):
+            while not ring.ready():
+                time.sleep(0.01)
+            start = time.monotonic()
+            next(ring)
+            assert time.monotonic() - start < 0.5
+        assert ring.ready()  # to say that there is no more
+        assert list(ring) == []
+    assert ring.ready()
+
+
 def test_a_batch_is_the_stores_and_a_damaged_chunk_is_the_same_error_as_in_this_process(tmp_path, monkeypatch):
     monkeypatch.setenv("DECANT_STORE", str(tmp_path / "store"))
     receipt = tmp_path / "receipt.json"
