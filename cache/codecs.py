@@ -79,7 +79,8 @@ def encode(frames: Float32[np.ndarray, "*B D"], codec: Codec, tables: Tables) ->
     if codec.name == "bfloat16":
         return _to_bfloat16(frames)
     if not codec.tables:
-        return frames.astype(codec.dtype)
+        with np.errstate(over="ignore"):  # infinite in float16: extraction refuses such frames
+            return frames.astype(codec.dtype)
     standard = (frames - tables["mean"]) / tables["std"]
     return _choose_codewords(standard, tables["codebooks"]) if codec.codebooks else _to_int8(standard)
 

@@ -76,7 +76,7 @@ def fit_tables(frames: Float[Tensor, "F D"], codec: Codec, seed: int) -> Tables:
         )
     if len(frames) < max(2, FRAMES_PER_CODEWORD * CODEWORDS * bool(codec.codebooks)):
         raise SettingsError(
-            f"{len(frames)} frames are too few to fit {codec.name} to; raise extract.calibration.frames "
+            f"{len(frames)} frames are too few to fit {codec.name} to; raise extract.calibration.seconds "
             "(or there is too little audio: choose float16)"
         )
     wide = frames.double()
