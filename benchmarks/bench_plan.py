@@ -202,7 +202,7 @@ def index_ids(folder: Path, size: int) -> dict[str, Any]:
 def write_ids(folder: Path, size: int) -> dict[str, Any]:
     import numpy as np
 
-    from cache.ragged import write_header
+    from cache.header import write_header
 
     ids = [f"librilight/{u:09d}" for u in range(size)]
     write_header(folder / "again", header(), ids, np.full(size, 500, dtype=np.int64))

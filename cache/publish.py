@@ -28,17 +28,22 @@ def write_json(path: Path, value: Any) -> None:
         partial.write_text(canonical_json(value), encoding="utf-8")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, max_bytes: int | None = None) -> Any:
     """Read one JSON file.
 
     Raises:
-        StoreError: missing or not JSON; the message names the file.
+        StoreError: missing, not JSON, or larger than `max_bytes` or memory; the message names the file.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        size = os.stat(path).st_size
+        if max_bytes is not None and (size > max_bytes or not os.path.isfile(path)):  # a pipe would never end
+            raise StoreError(f"{path} has {size:,} bytes and may have {max_bytes:,}; delete it and make it again")
+        return json.loads(Path(path).read_bytes())
     except FileNotFoundError:
         raise StoreError(f"{path} does not exist; run the stage that writes it (`dvc repro`)") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except MemoryError:
+        raise StoreError(f"{path} ({size:,} bytes) takes more memory than there is; make it again") from None
+    except (ValueError, RecursionError) as error:  # also bytes that are no UTF-8, numbers of 5000 digits
         raise StoreError(f"{path} is not valid JSON ({error}); delete it and rerun the stage that writes it") from error
 
 

@@ -19,23 +19,21 @@ from jaxtyping import Int64, Shaped, UInt64
 from cache.codecs import Tables
 from cache.errors import StoreError
 from cache.frames import FrameSpan
+from cache.header import FORMAT as FORMAT
+from cache.header import load_ids, load_rows, read_header
 from cache.plan import StorePlan, plan_rows
-from cache.publish import canonical_json, read_json, write_json
 from cache.scatter import Reads, read_checked, read_rows
 from cache.tables import read_tables
 from cache.zarrshard import (
     CRC_BYTES,
     ArraySpec,
     Grid,
-    array_metadata,
     decode_index,
-    read_column,
+    shard_bytes,
     shard_path,
-    write_column,
 )
 
 MAX_OPEN_SHARDS = 512  # file handles a reader keeps from one call to the next
-FORMAT = 1  # raised by one when a reader of the old format would read wrong numbers
 
 
 def layer_name(layer: int) -> str:
@@ -73,7 +71,7 @@ class Store:
         self.width: int | None = header["width"]
         self.grid = Grid(header["chunk_rows"], header["shard_rows"])
         self.arrays = {name: ArraySpec(name, self.width, self.codec) for name in arrays}
-        self.rows: Int64[np.ndarray, " U"] = read_column(self.directory / "rows", "<i8").astype(np.int64)
+        self.rows: Int64[np.ndarray, " U"] = load_rows(self.directory, header)
         spec = self.spec("")
         self.dtype, self.row_width, self._row_bytes = spec.dtype, math.prod(spec.inner), spec.row_bytes
         self._open: dict[tuple[str, int], int] = {}  # (array, shard) -> handle, oldest first
@@ -87,9 +85,7 @@ class Store:
     @cached_property
     def ids(self) -> list[str]:
         """Utterance ids, in order."""
-        text = read_column(self.directory / "ids", "u1").tobytes()
-        ends = read_column(self.directory / "id_end", "<i8").tolist()
-        return [text[a:b].decode() for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+        return load_ids(self.directory, len(self.rows))
 
     def tables(self, array: str) -> Tables:
         """What the codec was fitted with for this layer; empty for codecs that need nothing."""
@@ -98,7 +94,12 @@ class Store:
     @cached_property
     def index(self) -> dict[str, int]:
         """Number of each utterance id."""
-        return {name: u for u, name in enumerate(self.ids)}
+        index = {name: u for u, name in enumerate(self.ids)}
+        if len(index) < len(self.ids):
+            raise StoreError(
+                f"{self.directory / 'ids'} has an id twice; it is damaged: delete the store and extract again"
+            )
+        return index
 
     def spec(self, array: str) -> ArraySpec:
         """What an array of this store is."""
@@ -118,10 +119,11 @@ class Store:
         """Rows of one utterance as stored: (T, W), or (S,) of a wave; all of it, or the frames of `span`."""
         u = self._number(utterance)
         rows = slice(0, int(self.rows[u])) if span is None else (span.samples if self.width is None else span.rows)
-        out = np.empty((max(rows.stop - rows.start, 0), *self.spec(array).inner), dtype=self.dtype)
         held, shard, row = self._entries.take([u], axis=1)
         begin, count = np.array([rows.start]), np.array([rows.stop - rows.start])
         self._check_spans(np.array([u]), begin, count, held)
+        self._opened([array], shard)  # a shard that is not there has no rows to make place for
+        out = _place(self.directory, (rows.stop - rows.start, *self.spec(array).inner), self.dtype)
         self._gather([array], shard, row + begin, count, out.ctypes.data, (out.nbytes, 0))
         return out
 
@@ -142,7 +144,8 @@ class Store:
         numbers = [self._number(u) for u in utterances]
         if out is None:
             longest = int(self.rows[numbers].max()) if spans is None else max(s.count for s in spans)
-            out = np.empty((len(numbers), len(arrays), longest, self.row_width), dtype=self.dtype)
+            self._opened(arrays, self._entries[1].take(numbers))
+            out = _place(self.directory, (len(numbers), len(arrays), longest, self.row_width), self.dtype)
         counts = self.read_into(numbers, arrays, out, spans)
         for b, count in enumerate(counts.tolist()):
             out[b, :, count:] = 0
@@ -200,14 +203,10 @@ class Store:
         and a whole batch of a hundred megabytes takes five milliseconds.
         """
         L = len(arrays)
-        opened = np.concatenate([self._shards(array).take(shard, axis=1) for array in arrays])  # (2 L, B)
-        if min(handles := opened[::2].T.ravel().tolist()) < 0:
-            for a, b in np.argwhere(opened[::2] < 0).tolist():
-                opened[2 * a : 2 * a + 2, b] = self._open_shard(arrays[a], int(shard[b]))
-            handles = opened[::2].T.ravel().tolist()
+        opened = self._opened(arrays, shard)
         # layer after layer of one utterance, as they lie in memory: in the other order the copy itself takes 10 % longer
         reads = Reads(
-            handles=handles,
+            handles=opened[::2].T.ravel().tolist(),
             first_chunk=opened[1::2].T.ravel(),
             row=row.repeat(L),
             num_rows=count.repeat(L),
@@ -220,6 +219,14 @@ class Store:
             raise StoreError(f"{where}: {what}; extract again to replace the shard")
         while len(self._open) > MAX_OPEN_SHARDS:  # oldest first; never in the middle of a batch
             self._close_shard(next(iter(self._open)))
+
+    def _opened(self, arrays: Sequence[str], shard: Int64[np.ndarray, " B"]) -> Int64[np.ndarray, "N B"]:
+        """Handle and first chunk of each shard, for one array after the other; opens those that are not."""
+        opened = np.concatenate([self._shards(array).take(shard, axis=1) for array in arrays])
+        if opened[::2].min() < 0:
+            for a, b in np.argwhere(opened[::2] < 0).tolist():
+                opened[2 * a : 2 * a + 2, b] = self._open_shard(arrays[a], int(shard[b]))
+        return opened
 
     @cached_property
     def _entries(self) -> Int64[np.ndarray, "3 U"]:
@@ -246,8 +253,11 @@ class Store:
             raise StoreError(f"{path} is missing; extract again to replace the shard") from None
         end = os.fstat(handle).st_size
         data = os.pread(handle, size, max(0, end - size))
+        used = self.plan.used_rows(shard)
         try:
-            at = first_chunk(decode_index(data, self.grid, path), self.plan.used_rows(shard), spec, self.grid, path)
+            at = first_chunk(decode_index(data, self.grid, path), used, spec, self.grid, path)
+            if not 0 <= at <= end - shard_bytes(used, spec, self.grid):
+                raise StoreError(f"{path}: its chunks do not lie within its {end:,} bytes; extract again")
         except StoreError:
             os.close(handle)
             raise
@@ -272,6 +282,16 @@ class Store:
         return Store, (self.directory, tuple(self.arrays), self.verify)
 
 
+def _place(store: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Shaped[np.ndarray, "..."]:
+    try:
+        return np.empty(shape, dtype=dtype)
+    except (MemoryError, ValueError):  # ValueError: more than an array may have
+        size = math.prod(shape) * dtype.itemsize
+        raise StoreError(
+            f"{store}: these rows take {size / 1e9:,.1f} GB, more than there is memory; read spans"
+        ) from None
+
+
 def first_chunk(index: UInt64[np.ndarray, "N 2"], rows: int, spec: ArraySpec, grid: Grid, where: Path) -> int:
     """Offset of the first chunk of a shard whose chunks lie in order without gaps, which format 1 demands.
 
@@ -283,49 +303,3 @@ def first_chunk(index: UInt64[np.ndarray, "N 2"], rows: int, spec: ArraySpec, gr
     if (used[:, 1] != stride).any() or (np.diff(used[:, 0]) != stride).any():
         raise StoreError(f"{where}: its chunks are not laid in order (written by another program?); extract again")
     return int(used[0, 0])
-
-
-def read_header(directory: Path) -> dict[str, Any]:
-    """The store's own account of itself, out of its group's attributes.
-
-    Raises:
-        StoreError: no store, or one of another format.
-    """
-    if not (directory / "zarr.json").exists():
-        raise StoreError(f"there is no store at {directory}; run the stage that writes it (`dvc repro extract`)")
-    header: dict[str, Any] | None = read_json(directory / "zarr.json").get("attributes", {}).get("decant")
-    if header is None:
-        raise StoreError(f"{directory} is a Zarr group but no Decant store (its attributes lack 'decant')")
-    if header["format"] != FORMAT:
-        raise StoreError(
-            f"{directory} has store format {header['format']} and this version reads {FORMAT}; install the matching version"
-        )
-    return header
-
-
-def write_header(directory: Path, header: dict[str, Any], ids: Sequence[str], rows: Int64[np.ndarray, " U"]) -> None:
-    """Make the folder of a store: columns first, the group last, so that a folder with a zarr.json is a store."""
-    encoded = [i.encode() for i in ids]
-    plan = plan_rows(rows, header["shard_rows"])
-    directory.mkdir(parents=True, exist_ok=True)
-    write_column(directory / "ids", np.frombuffer(b"".join(encoded), dtype=np.uint8))
-    write_column(directory / "id_end", np.cumsum([len(e) for e in encoded], dtype=np.int64))
-    write_column(directory / "rows", rows)
-    write_column(directory / "start", plan.start)
-    group = {"zarr_format": 3, "node_type": "group", "attributes": {"decant": {"format": FORMAT, **header}}}
-    write_json(directory / "zarr.json", group)
-
-
-def check_array(directory: Path, spec: ArraySpec, grid: Grid, num_rows: int) -> None:
-    """Refuse an array whose zarr.json is not exactly what this store's arrays have, so no forged shape is ever read.
-
-    Raises:
-        StoreError: missing or different, naming the first field that differs.
-    """
-    want = array_metadata(spec, grid, num_rows)
-    got = read_json(directory / spec.name / "zarr.json")
-    for key in sorted(set(want) | set(got)):
-        if canonical_json(want.get(key)) != canonical_json(got.get(key)):
-            raise StoreError(
-                f"{directory / spec.name}/zarr.json: {key} is {got.get(key)!r}, expected {want.get(key)!r}"
-            )

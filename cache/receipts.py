@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from cache.errors import StoreError
+from cache.header import FORMAT, REMEDY, check_array
 from cache.publish import digest_json, read_json
-from cache.ragged import FORMAT, Store, check_array
+from cache.ragged import Store
 from cache.tables import describe_tables, table_names, table_path
 from cache.writer import Journal
-from cache.zarrshard import shard_path
+from cache.zarrshard import shard_bytes, shard_path
 
 
 def store_root() -> Path:
@@ -90,6 +91,8 @@ def _describe(store: Store, journal: Journal, array: str) -> dict[str, Any]:
             raise StoreError(
                 f"{path} has {size} bytes and was committed with {row[0]}; run the stage that writes it again (`dvc repro -f`)"
             )
+        if size != (want := shard_bytes(store.plan.used_rows(shard), spec, store.grid)):
+            raise StoreError(f"{path} has {size} bytes and its utterances take {want}; {REMEDY}")
         shards.append([row[0], row[1]])
     described: dict[str, Any] = {"width": store.width, "codec": store.codec, "shards": shards}
     if names := table_names(spec):
@@ -122,6 +125,8 @@ def open_arrays(kind: str, key: str, arrays: dict[str, str], verify: bool = Fals
         raise StoreError(
             f"{directory} says it is {store.kind}/{store.key}: a store was copied over another; extract again"
         )
+    if store_key(kind, store.fingerprint) != key:
+        raise StoreError(f"{directory}: its fingerprint is not the one that its key {key} was made of; {REMEDY}")
     for name, digest in arrays.items():
         if _describe(store, journal, name)["digest"] != digest:
             raise StoreError(

@@ -14,9 +14,10 @@ import xxhash
 
 from cache.codecs import Tables
 from cache.errors import StoreError
-from cache.publish import canonical_json, read_json
+from cache.publish import read_json
 from cache.zarrshard import CRC_BYTES, ArraySpec, column_metadata, column_path, read_column, write_column
 
+MAX_JSON_BYTES = 2**16
 TABLE_TYPE = "float32"
 
 
@@ -27,10 +28,11 @@ def table_names(spec: ArraySpec) -> dict[str, str]:
 
 def table_path(store: Path, spec: ArraySpec, table: str) -> Path:
     """The file that holds a table."""
-    return column_path(store / table_names(spec)[table], len(_shape(spec, table)))
+    return column_path(store / table_names(spec)[table], len(table_shape(spec, table)))
 
 
-def _shape(spec: ArraySpec, table: str) -> tuple[int, ...]:
+def table_shape(spec: ArraySpec, table: str) -> tuple[int, ...]:
+    """Shape of a table of a layer."""
     assert spec.width is not None
     return spec.coding.table_shape(table, spec.width)
 
@@ -41,13 +43,13 @@ def tables_bytes(spec: ArraySpec) -> int:
 
 
 def _table_bytes(spec: ArraySpec, table: str) -> int:
-    return np.dtype(TABLE_TYPE).itemsize * math.prod(_shape(spec, table)) + CRC_BYTES
+    return np.dtype(TABLE_TYPE).itemsize * math.prod(table_shape(spec, table)) + CRC_BYTES
 
 
 def write_tables(store: Path, spec: ArraySpec, tables: Tables) -> dict[str, tuple[int, str]]:
     """Write the tables of a layer; gives (bytes, xxh3-128) of each file by the name of its array."""
     for table, name in table_names(spec).items():
-        assert tables[table].shape == _shape(spec, table)
+        assert tables[table].shape == table_shape(spec, table)
         assert tables[table].dtype == TABLE_TYPE
         write_column(store / name, tables[table])
     return describe_tables(store, spec)
@@ -57,7 +59,8 @@ def describe_tables(store: Path, spec: ArraySpec) -> dict[str, tuple[int, str]]:
     """(bytes, xxh3-128) of the file of each table that is there, by the name of its array."""
     described = {}
     for table, name in table_names(spec).items():
-        if (path := table_path(store, spec, table)).exists():
+        path = table_path(store, spec, table)
+        if path.is_file() and path.stat().st_size == _table_bytes(spec, table):  # others are as good as missing
             data = path.read_bytes()
             described[name] = len(data), xxhash.xxh3_128_hexdigest(data)
     return described
@@ -71,7 +74,7 @@ def read_tables(store: Path, spec: ArraySpec) -> Tables:
     """
     tables = {}
     for table, name in table_names(spec).items():
-        shape = _shape(spec, table)
+        shape = table_shape(spec, table)
         check_table(store, spec, table)
         tables[table] = read_column(store / name, "<f4", len(shape)).astype(np.float32).reshape(shape)
     return tables
@@ -83,8 +86,8 @@ def check_table(store: Path, spec: ArraySpec, table: str) -> None:
     Raises:
         StoreError: missing or different.
     """
-    shape, place = _shape(spec, table), store / table_names(spec)[table]
-    if canonical_json(read_json(place / "zarr.json")) != canonical_json(column_metadata(shape, TABLE_TYPE)):
+    shape, place = table_shape(spec, table), store / table_names(spec)[table]
+    if read_json(place / "zarr.json", MAX_JSON_BYTES) != column_metadata(shape, TABLE_TYPE):
         raise StoreError(f"{place}/zarr.json is not that of a {shape} table of {TABLE_TYPE}; extract again")
     file = table_path(store, spec, table)
     want = _table_bytes(spec, table)

@@ -16,12 +16,13 @@ import numpy as np
 import xxhash
 
 from cache.errors import DecantError, StoreError
+from cache.header import FORMAT, check_array
 from cache.publish import read_json
-from cache.ragged import FORMAT, Store, check_array, first_chunk
+from cache.ragged import Store, first_chunk
 from cache.receipts import array_digest, files_of, store_key, store_path
 from cache.tables import check_table, describe_tables, table_names, table_path
 from cache.writer import JOURNAL
-from cache.zarrshard import CRC_BYTES, ArraySpec, crc32c, decode_index, shard_path, write_column
+from cache.zarrshard import CRC_BYTES, ArraySpec, crc32c, decode_index, shard_bytes, shard_path, write_column
 
 BLOCK_BYTES = 2**23  # read at a time
 COLUMNS = ("ids", "id_end", "rows", "start")
@@ -86,7 +87,7 @@ def read_journal(directory: Path) -> JournalText:
         try:
             row = json.loads(line)
             array, shard, size, digest = row["array"], row["shard"], row["bytes"], row["xxh3"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             damaged.append(number)
             continue
         sound = isinstance(array, str) and type(shard) is int and type(size) is int and isinstance(digest, str)
@@ -316,6 +317,8 @@ def _check_shard(
         return found("missing", "is missing")
     if (size := path.stat().st_size) != truth[0]:
         return found("damaged", f"has {size} bytes and was committed with {truth[0]}")
+    if size != (needs := shard_bytes(store.plan.used_rows(shard), spec, store.grid)):
+        return found("damaged", f"has {size} bytes and its utterances take {needs}")
     if full:
         digest, wrong = read_shard(store, spec, shard)
         if digest != truth[1]:

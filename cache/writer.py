@@ -19,10 +19,10 @@ from jaxtyping import Int16, Int64, Shaped
 
 from cache.codecs import Tables
 from cache.errors import DataError, ResourceError, StoreError
+from cache.header import check_array, read_header, write_header
 from cache.plan import StorePlan, plan_rows
 from cache.process import exclusive
 from cache.publish import fsync, named_io_errors, publish_file, write_json
-from cache.ragged import check_array, read_header, write_header
 from cache.scatter import start_flush
 from cache.tables import describe_tables, read_tables, table_names, tables_bytes, write_tables
 from cache.zarrshard import ArraySpec, Grid, array_metadata, encode_shard, shard_bytes, shard_path
@@ -44,8 +44,11 @@ class Journal:
         for number, line in enumerate(data[: self.whole_bytes].splitlines(), 1):
             try:
                 row = json.loads(line)
-                self.rows[row["array"], row["shard"]] = row["bytes"], row["xxh3"]
-            except (ValueError, KeyError, TypeError):
+                array, shard, size, digest = row["array"], row["shard"], row["bytes"], row["xxh3"]
+                if (type(array), type(shard), type(size), type(digest)) != (str, int, int, str):
+                    raise TypeError(row)
+                self.rows[array, shard] = size, digest
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise StoreError(f"{self.path}, line {number} is damaged; delete {store} and extract again") from None
 
     def append(self, array: str, shard: int, size: int, digest: str) -> None:

@@ -188,10 +188,16 @@ def read_column(directory: Path, dtype: str, ndim: int = 1) -> Shaped[np.ndarray
     Raises:
         StoreError: missing or damaged.
     """
+    path = column_path(directory, ndim)
     try:
-        data = column_path(directory, ndim).read_bytes()
+        data = np.fromfile(path, dtype=np.uint8)
     except FileNotFoundError:
         raise StoreError(f"{directory} is missing from the store; delete the store and extract again") from None
-    if crc32c(data[:-CRC_BYTES]) != data[-CRC_BYTES:]:
+    except MemoryError:
+        raise StoreError(
+            f"{directory} has {path.stat().st_size:,} bytes, more than there is memory; make it again"
+        ) from None
+    body = data[:-CRC_BYTES]
+    if crc32c(body) != data[-CRC_BYTES:].tobytes():
         raise StoreError(f"{directory} is damaged; delete the store and extract again")
-    return np.frombuffer(data[:-CRC_BYTES], dtype=dtype)
+    return body.view(dtype)

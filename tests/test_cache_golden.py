@@ -15,8 +15,8 @@ import xxhash
 import zarr
 
 from cache.frames import FrameSpan
+from cache.header import FORMAT
 from cache.publish import read_json
-from cache.ragged import FORMAT
 from cache.receipts import open_receipt
 from tests.golden.make_store_v1 import make
 

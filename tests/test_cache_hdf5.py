@@ -164,17 +164,18 @@ def forge(path, **changes):
     [
         ({"hdf5_format": 2}, "export format 2 and this version reads 1"),
         ({"format": 2}, "store format 2 and this version reads 1"),
-        ({"key": "../../x"}, "its key is not that of its fingerprint"),
-        ({"kind": ".."}, "its key is not that of its fingerprint"),
+        ({"key": "../../x"}, "key is '../../x', and must be 20 digits of a digest"),
+        ({"key": "0" * 20}, "its key is not that of its fingerprint"),
+        ({"kind": ".."}, "kind is '..', and must be waves or features"),
         ({"arrays": {"../../evil": []}}, "which no store has"),
         ({"arrays": {}}, "which no store has"),
         ({"chunk_rows": 1, "shard_rows": 10**12}, "are no store's"),
         ({"chunk_rows": 0}, "are no store's"),
-        ({"width": 10**9}, "its header says"),
+        ({"width": 10**9}, "width is 1000000000, and must be 1 to 65536"),
         ({"width": 23}, "its header says"),
         ({"codec": "float32"}, "its header says"),
         ({"shard_rows": 512}, "is not the plan|its header says"),
-        ({"header": {}}, "damaged or no export"),
+        ({"header": {}}, "its header is {}"),
     ],
 )
 def test_a_forged_account_is_refused(place, exported, tmp_path, changes, message):
