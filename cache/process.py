@@ -6,9 +6,11 @@ DVC and torchrun both leave orphans when they are killed (SIGTERM or SIGKILL); t
 import ctypes
 import fcntl
 import os
+import re
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,30 +18,57 @@ from pathlib import Path
 from cache.errors import ResourceError
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
+ORPHAN_SECONDS = 30.0  # for what a dead process's child is doing: flushing one shard to a slow disk
 
 
 @contextmanager
-def exclusive(path: Path) -> Iterator[None]:
+def exclusive(path: Path) -> Iterator[int]:
     """Hold the lock file `path`; the kernel frees it when the process ends, however it ends.
+
+    Gives the handle of the lock: a child that inherits it keeps the lock until it has ended too. A lock whose process is
+    dead is with such a child, which is about to notice, and is waited for.
 
     Raises:
         ResourceError: another process holds it; the message says which.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + ORPHAN_SECONDS
     with open(path, "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        while not _try_lock(file.fileno()):
             file.seek(0)
             holder = file.read().strip() or "an unknown process"
-            raise ResourceError(f"{path.parent} is being written by {holder}; wait for it or stop it") from None
+            if not _is_dead(holder) or time.monotonic() > deadline:
+                raise ResourceError(f"{path.parent} is being written by {holder}; wait for it or stop it")
+            time.sleep(0.05)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         try:
-            yield
+            yield file.fileno()
         finally:
             file.truncate(0)
+
+
+def _try_lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_dead(holder: str) -> bool:
+    """Whether what a lock file names is a process of this machine that has ended."""
+    named = re.fullmatch(r"process (\d+) on (.+)", holder)
+    if named is None or named[2] != socket.gethostname():
+        return False
+    try:
+        os.kill(int(named[1]), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass  # it lives, as somebody else's
+    return False
 
 
 def die_with_parent() -> None:

@@ -81,8 +81,11 @@ def journal_line(array: str, shard: int, size: int, digest: str) -> bytes:
 class StoreWriter:
     """The one writer of a store. Use `open_writer`."""
 
-    def __init__(self, directory: Path, plan: StorePlan, specs: Sequence[ArraySpec], grid: Grid) -> None:
+    def __init__(
+        self, directory: Path, plan: StorePlan, specs: Sequence[ArraySpec], grid: Grid, lock: int | None = None
+    ) -> None:
         self.directory, self.plan, self.grid = directory, plan, grid
+        self.lock = lock  # handle of the store's lock, for processes that write on its behalf
         self.specs = {s.name: s for s in specs}
         self.journal = Journal(directory)
 
@@ -169,7 +172,7 @@ def open_writer(
     grid = Grid(header["chunk_rows"], header["shard_rows"])
     plan = plan_rows(rows, grid.shard_rows)
     specs = [ArraySpec(name, header["width"], header["codec"]) for name in arrays]
-    with named_io_errors(directory), exclusive(directory / "writer.lock"):
+    with named_io_errors(directory), exclusive(directory / "writer.lock") as lock:
         if not (directory / "zarr.json").exists():
             write_header(directory, header, ids, rows)
         elif (found := read_header(directory))["key"] != header["key"]:
@@ -181,7 +184,7 @@ def open_writer(
                 (directory / spec.name).mkdir(exist_ok=True)
                 write_json(directory / spec.name / "zarr.json", array_metadata(spec, grid, plan.num_rows))
             check_array(directory, spec, grid, plan.num_rows)
-        yield StoreWriter(directory, plan, specs, grid)
+        yield StoreWriter(directory, plan, specs, grid, lock)
 
 
 def write_shard(path: Path, pieces: Iterable[bytes | memoryview]) -> tuple[int, str]:
