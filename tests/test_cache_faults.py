@@ -99,7 +99,8 @@ def check_whole(place: Path, receipt) -> None:
 @pytest.fixture
 def stores():
     """A folder in memory where there is one: what a kill can lose is the same, and flushing takes no time."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as folder:
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="faults-", dir=memory) as folder:
         yield Path(folder)
 
 
