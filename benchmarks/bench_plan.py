@@ -172,7 +172,7 @@ def sample(folder: Path, size: int) -> dict[str, Any]:
 
 def epoch(kind: str) -> Callable[[Path, int], dict[str, Any]]:
     def step(folder: Path, size: int) -> dict[str, Any]:
-        from pipeline.distill.batches import Aligned, Full, plan_epoch
+        from pipeline.distill.plan import Aligned, Full, plan_epoch
 
         crop = Full(kind="full") if kind == "full" else Aligned(kind="aligned", max_seconds=15.6)
         plan = plan_epoch(load_samples(folder), crop, 240.0, seed=0, epoch=1)

@@ -18,6 +18,7 @@ def main(
     out: Annotated[Path, typer.Option(help="The student's folder.")],
     params: Annotated[Path, typer.Option(help="Settings.")] = Path("params.yaml"),
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto.")] = "auto",
+    readers: Annotated[int, typer.Option(min=1, help="Processes that read ahead.")] = 1,
 ) -> None:
     """Train a student from stored targets; a killed run goes on where its last state was saved."""
     from cache.errors import SettingsError
@@ -42,7 +43,7 @@ def main(
     try:
         start = open_init(chosen, settings.init, init)
         with progress(f"distill {name}", total=settings.train.steps, unit="steps") as tick:
-            metrics = distil(settings, chosen, utterances, store, start, out, place, tick, say)
+            metrics = distil(settings, chosen, utterances, store, start, out, place, tick, say, readers)
     except SettingsError as error:
         raise SettingsError(f"{params}: students.{name}: {error}") from error
     dev = metrics["dev"]

@@ -45,6 +45,7 @@ STUDENT: dict[str, Any] = {
         "steps": 12,
         "batch_seconds": 2.0,
         "crop": {"kind": "aligned", "max_seconds": 0.7},
+        "shuffle": {"kind": "everywhere"},
         "learning_rate": 0.002,
         "warmup": 0.1,
         "weight_decay": 0.01,

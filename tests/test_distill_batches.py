@@ -1,3 +1,6 @@
+"""Batches: planned, shuffled and read, in this process and in others."""
+
+import shutil
 import tracemalloc
 
 import numpy as np
@@ -6,11 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache.errors import DataError, SettingsError
+from cache.errors import DataError, SettingsError, StoreError
 from cache.frames import FrameSpan, num_frames
 from cache.manifest import Manifest
 from cache.receipts import open_receipt
-from pipeline.distill.batches import Aligned, BatchReader, Full, Item, plan_epoch
+from pipeline.distill.batches import BatchReader
+from pipeline.distill.plan import Aligned, Full, Item, plan_epoch
 from pipeline.student.encoder import Encoder
 from pipeline.student.shape import EncoderShape
 from tests.distill_fixtures import SHAPE, make_world
@@ -147,9 +151,74 @@ def test_a_batch_holds_the_rows_and_samples_of_its_spans(world):
             count, length = len(rows[0]), len(wave)
             assert (int(batch.frames[row]), int(batch.samples[row])) == (count, length)
             assert count == num_frames(length)
-            np.testing.assert_array_equal(batch.waves[row, :length], wave / np.float32(32_768))
+            np.testing.assert_array_equal(batch.waves[row, :length], wave)
             np.testing.assert_array_equal(batch.targets[row, :, :count], np.stack(rows))
             assert not batch.waves[row, length:].any()
+
+
+@pytest.mark.parametrize("readers", [1, 2])
+def test_what_reader_processes_bring_is_what_is_read_here(world, readers):
+    reader, _ = open_reader(world)
+    plans = [plan_epoch(world.manifest.samples, CROP, 3.0, 0, epoch) for epoch in range(3)]
+    planned = [items for plan in plans for items in plan]
+    with reader.ahead(iter(planned), 3.0, readers, torch.device("cpu")) as batches:
+        number = 0
+        for items, batch in zip(planned, batches, strict=True):
+            want = reader.read(items)
+            assert batch.ids == want.ids
+            for got, expected in zip(batch[1:], want[1:], strict=True):
+                assert got.dtype == expected.dtype
+                assert torch.equal(got, expected)
+            number += 1
+    assert number == len(planned) > 6
+
+
+def test_damage_that_a_reader_process_meets_is_told_here(world, tmp_path, monkeypatch):
+    shutil.copytree(world.root / "store", tmp_path / "store")
+    monkeypatch.setenv("DECANT_STORE", str(tmp_path / "store"))
+    reader, (_, features) = open_reader(world)
+    plan = plan_epoch(world.manifest.samples, FULL, 3.0, 0, 0)
+    for shard in features.directory.glob("layer-01/c/*/0"):
+        shard.write_bytes(shard.read_bytes()[:-9] + bytes(9))
+    with (
+        pytest.raises(StoreError, match=r"layer-01/c/\d/0: the shard's index is damaged"),
+        reader.ahead(iter(plan), 3.0, 1, torch.device("cpu")) as batches,
+    ):
+        list(batches)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(st.integers(400, 60_000), min_size=1, max_size=80),
+    per_shard=st.integers(1, 12),
+    together=st.integers(1, 5),
+    epoch=st.integers(0, 3),
+)
+def test_shuffling_within_shards_finishes_some_shards_before_it_begins_others(sizes, per_shard, together, epoch):
+    shards = np.arange(len(sizes)) // per_shard
+    plan = plan_epoch(np.array(sizes), FULL, 4.0, 0, epoch, shards, together)
+    order = [item.utterance for items in plan for item in items]
+    assert sorted(order) == list(range(len(sizes)))
+    seen = shards[order]
+    begins = [int(np.flatnonzero(seen == s)[0]) for s in range(shards[-1] + 1)]
+    ends = [int(np.flatnonzero(seen == s)[-1]) for s in range(shards[-1] + 1)]
+    for at in range(len(order)):  # shards that are begun and not finished
+        assert sum(b <= at <= e for b, e in zip(begins, ends, strict=True)) <= together
+    for items in plan:
+        assert len(items) * max(sizes[i.utterance] for i in items) <= 64_000
+        assert len({int(shards[i.utterance]) for i in items}) <= together
+
+
+def test_shards_come_in_another_order_in_every_epoch_and_mixing_all_of_them_is_the_shuffle_of_everywhere():
+    samples, shards = lengths(), np.arange(len(lengths())) // 10
+    first = [int(shards[plan_epoch(samples, FULL, 30.0, 0, epoch, shards, 1)[0][0].utterance]) for epoch in range(20)]
+    assert len(set(first)) > 3
+
+    def batches(*local):
+        plan = plan_epoch(samples, FULL, 30.0, 0, 0, *local)
+        return sorted(sorted(item.utterance for item in items) for items in plan)
+
+    assert batches(shards, 1_000) == batches()
 
 
 def test_the_student_gives_a_frame_for_every_target_of_a_batch(world):
@@ -158,7 +227,7 @@ def test_the_student_gives_a_frame_for_every_target_of_a_batch(world):
     for items in plan_epoch(world.manifest.samples, Aligned(kind="aligned", max_seconds=0.4), 3.0, 0, 1):
         batch = reader.read(items)
         with torch.no_grad():
-            assert encoder(batch.waves, batch.samples)[-1].shape[1] == batch.targets.shape[2]
+            assert encoder(batch.waves.float() / 32_768, batch.samples)[-1].shape[1] == batch.targets.shape[2]
 
 
 def test_whole_utterances_under_the_teachers_own_weights_give_back_the_stored_targets(world):
@@ -168,7 +237,7 @@ def test_whole_utterances_under_the_teachers_own_weights_give_back_the_stored_ta
     teacher = load_student(world.root / "teachers/hubert")
     batch = reader.read([Item(u, None) for u in range(len(world.manifest))])
     with torch.no_grad():
-        states = teacher(batch.waves, batch.samples)
+        states = teacher(batch.waves.float() / 32_768, batch.samples)
     for row, count in enumerate(batch.frames.tolist()):
         stored = batch.targets[row, :, :count].float()
         live = torch.stack([states[3][row, :count], states[1][row, :count]])

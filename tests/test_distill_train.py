@@ -247,15 +247,15 @@ def test_two_trainings_into_one_folder_are_refused(world):
 def test_targets_that_are_no_numbers_stop_the_run_with_the_batch_kept(world, monkeypatch):
     from pipeline.distill.batches import BatchReader
 
-    read = BatchReader.read
+    real = BatchReader._batch
 
-    def poisoned(self, items):
-        batch = read(self, items)
+    def poisoned(self, *args):
+        batch = real(self, *args)
         if "utt-07" in batch.ids:
             batch.targets[batch.ids.index("utt-07"), 0, 0, 0] = float("nan")
         return batch
 
-    monkeypatch.setattr(BatchReader, "read", poisoned)
+    monkeypatch.setattr(BatchReader, "_batch", poisoned)
     with pytest.raises(DataError, match=r"the targets of utt-07 are not finite"):
         train(world)
     (dump,) = (world.root / "models/.distil.training.partial").glob("not-finite-*")

@@ -1,158 +1,39 @@
-"""Batches: a manifest's lengths, a seed and an epoch in, a plan out; the plan and two stores in, padded tensors out.
+"""Planned batches of one manifest in, padded tensors on the host out, read ahead by processes of their own.
 
-The plan of an epoch is a pure function of (seed, epoch): every utterance exactly once, like lengths together, in
-random order. So a training is resumed by two integers, epoch and position, and nothing has to be replayed.
+Reader processes fill a ring of shared buffers (`cache.ring`), so the tensors of a batch are views that the next
+batch may overwrite. On a GPU the ring is pinned, and a batch is copied to the device without a detour.
 """
 
-from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from operator import eq
-from typing import Annotated, Literal, NamedTuple, overload
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int32, Int64, Shaped
-from pydantic import BaseModel, Field
+from jaxtyping import Int16, Int64, Shaped, UInt8
 from torch import Tensor
 
-from cache.errors import DataError, SettingsError
-from cache.frames import FIELD, HOP, RATE_HZ, FrameSpan, frames_of, num_frames
+from cache.errors import DataError
+from cache.frames import FIELD, HOP, RATE_HZ
 from cache.manifest import Manifest
+from cache.padded import PaddedBatches, Request
 from cache.ragged import Store
-from pipeline.padding import pad_waves
+from cache.ring import Ring
+from pipeline.distill.plan import Item
 
-JITTER = 0.05  # lengths are sorted up to 5 %, so that an utterance meets other neighbours in other epochs
-BLOCK = 65_536  # utterances that are Python numbers at one time while batches are cut
-
-
-class Full(BaseModel, frozen=True, extra="forbid"):
-    """Whole utterances: the targets are exactly what the teacher gives for what the student hears."""
-
-    kind: Literal["full"]
-    """full: no cropping."""
-
-
-class Aligned(BaseModel, frozen=True, extra="forbid"):
-    """A random stretch of every longer utterance, cut on the frame grid; the teacher heard the whole."""
-
-    kind: Literal["aligned"]
-    """aligned: crop audio and targets at the same frames."""
-    max_seconds: float = Field(ge=FIELD / RATE_HZ)
-    """Longest stretch; DistilHuBERT crops to 15.6 s."""
-
-
-Crop = Annotated[Full | Aligned, Field(discriminator="kind")]
-
-
-class Item(NamedTuple):
-    """A piece of one utterance, by its number in the manifest."""
-
-    utterance: int
-    span: FrameSpan | None
-    """None: the whole utterance, with the samples after its last frame, which the teacher's norm saw too."""
+SLOTS = 4  # batches in memory: one that is computed, three read ahead
 
 
 class Batch(NamedTuple):
     """What one step reads, on the host."""
 
     ids: list[str]
-    waves: Float[Tensor, "B S"]
+    waves: Int16[Tensor, "B S"]
+    """As stored; zero after each utterance's end."""
     samples: Int64[Tensor, " B"]
     targets: Shaped[Tensor, "B N T W"]
     """Rows as stored, decoded on the device; zero after each utterance's end."""
     frames: Int64[Tensor, " B"]
-
-
-@dataclass(frozen=True, eq=False)
-class EpochPlan(Sequence[list[Item]]):
-    """The batches of one epoch, each made when it is asked for: 17 million utterances as objects would take 4 GB."""
-
-    samples: Int64[np.ndarray, " U"]
-    order: Int32[np.ndarray, " U"]
-    """The utterances, like lengths together; a batch is a stretch of it."""
-    starts: Int32[np.ndarray, " U"] | None
-    """First frame of each utterance's piece; None where nothing is cropped."""
-    limit: int
-    """Frames of the longest piece."""
-    first: Int64[np.ndarray, " N"]
-    """Where each batch begins in `order`."""
-    last: Int64[np.ndarray, " N"]
-    """Where each ends."""
-
-    def __len__(self) -> int:
-        return len(self.first)
-
-    @overload
-    def __getitem__(self, at: int) -> list[Item]: ...
-    @overload
-    def __getitem__(self, at: slice) -> "EpochPlan": ...
-
-    def __getitem__(self, at: int | slice) -> "list[Item] | EpochPlan":
-        """One batch, or the plan of some of them."""
-        if isinstance(at, slice):
-            return replace(self, first=self.first[at], last=self.last[at])
-        utterances = self.order[int(self.first[at]) : int(self.last[at])]
-        if self.starts is None:
-            return [Item(u, None) for u in utterances.tolist()]
-        cut = frames_of(self.samples[utterances]) > self.limit
-        triples = zip(utterances.tolist(), cut.tolist(), self.starts[utterances].tolist(), strict=True)
-        return [Item(u, FrameSpan(start, self.limit) if longer else None) for u, longer, start in triples]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and len(self) == len(other) and all(map(eq, self, other))
-
-
-def plan_epoch(
-    samples: Int64[np.ndarray, " U"], crop: Full | Aligned, batch_seconds: float, seed: int, epoch: int
-) -> EpochPlan:
-    """Put every utterance into one batch of at most `batch_seconds` of padded audio; a pure function of its arguments.
-
-    Raises:
-        SettingsError: one piece alone is longer than a batch.
-    """
-    generator = np.random.default_rng([seed, epoch])
-    frames = frames_of(samples)
-    limit = num_frames(int(crop.max_seconds * RATE_HZ)) if isinstance(crop, Aligned) else int(frames.max())
-    # one draw per utterance, cropped or not: a longer limit does not move the crops of the others
-    draws = generator.random(len(samples))
-    sizes, starts = samples, None
-    if isinstance(crop, Aligned):
-        draws *= np.maximum(frames - limit, 0) + 1
-        starts = draws.astype(np.int32)  # rounds down
-        sizes = np.where(frames > limit, (limit - 1) * HOP + FIELD, samples)
-    del frames
-    budget = int(batch_seconds * RATE_HZ)
-    if int(sizes.max()) > budget:
-        raise SettingsError(
-            f"batch_seconds is {batch_seconds:g} but an utterance has {sizes.max() / RATE_HZ:.2f} s; "
-            "make batches larger, or crop: {kind: aligned, max_seconds: ...}"
-        )
-    generator.random(out=draws)
-    draws *= JITTER
-    draws += 1.0
-    draws *= sizes
-    order = np.argsort(draws, kind="stable").astype(np.int32)
-    del draws
-    ends = np.append(_cut(sizes, order, budget), len(order))
-    batches = generator.permutation(len(ends))
-    first = np.append(0, ends[:-1])[batches]
-    return EpochPlan(samples, order, starts, limit, first, ends[batches])
-
-
-def _cut(sizes: Int64[np.ndarray, " U"], order: Int32[np.ndarray, " U"], budget: int) -> Int64[np.ndarray, " N"]:
-    """Where batches begin, the first left out: each takes utterances until its padding would exceed the budget."""
-    cuts = array("q")
-    count = longest = 0
-    for block in range(0, len(order), BLOCK):
-        for number, size in enumerate(sizes[order[block : block + BLOCK]].tolist(), block):
-            count += 1
-            if size > longest:
-                longest = size
-            if count * longest > budget:
-                cuts.append(number)
-                count, longest = 1, size
-    return np.array(cuts, dtype=np.int64)
 
 
 class BatchReader:
@@ -164,7 +45,9 @@ class BatchReader:
         Raises:
             DataError: an utterance is absent from a store or has another length there.
         """
-        self.manifest, self.waves, self.features, self.arrays = manifest, waves, features, list(arrays)
+        self.manifest = manifest
+        self.padded = PaddedBatches(waves, features, arrays)
+        places = []
         for u in manifest:
             for store, want, unit in ((waves, u.samples, "samples"), (features, u.num_frames, "frames")):
                 at = store.index.get(u.id)
@@ -174,13 +57,76 @@ class BatchReader:
                         f"{u.id}: the manifest says {want} {unit} but {store.directory} has {got}; "
                         "bring them in step with `dvc repro`"
                     )
+                places.append(at)
+        self._places: Int64[np.ndarray, "U 2"] = np.array(places, dtype=np.int64).reshape(-1, 2)
+        self.samples = manifest.samples
+        self.shards: Int64[np.ndarray, " U"] = features.plan.start[self._places[:, 1]] // features.grid.shard_rows
+        """The shard of the feature store that each utterance is in."""
 
     def read(self, items: Sequence[Item]) -> Batch:
-        """One planned batch as padded tensors."""
-        ids = [self.manifest[item.utterance].id for item in items]
-        spans = [
-            FrameSpan(0, self.manifest[item.utterance].num_frames) if item.span is None else item.span for item in items
-        ]
-        waves, samples = pad_waves([self.waves.read("wave", i, item.span) for i, item in zip(ids, items, strict=True)])
-        targets, counts = self.features.read_batch(ids, self.arrays, spans)
-        return Batch(ids, waves, samples, torch.from_numpy(targets), torch.from_numpy(counts))
+        """One planned batch, read here and now into a buffer of its own."""
+        request = self._request(items)
+        padded = int(request.waves[:, 2].max()) * len(items), int(request.features[:, 2].max()) * len(items)
+        buffer = np.empty(self.padded.buffer_bytes(*padded), dtype=np.uint8)
+        self.padded(request, buffer)
+        return self._batch([item.utterance for item in items], request, buffer)
+
+    @contextmanager
+    def ahead(
+        self, plan: Iterable[list[Item]], batch_seconds: float, readers: int, device: torch.device
+    ) -> Iterator[Iterator[Batch]]:
+        """The planned batches, read ahead by `readers` processes; each is valid until the next is asked for.
+
+        Raises:
+            StoreError: a shard is damaged or missing.
+            ResourceError: not enough memory, or a reader was killed.
+        """
+        samples = int(batch_seconds * RATE_HZ)
+        size = self.padded.buffer_bytes(samples, samples // HOP + FIELD)
+        asked: list[list[int]] = []  # utterances of the batches that are in the ring
+
+        def requests() -> Iterator[Request]:
+            for items in plan:
+                asked.append([item.utterance for item in items])
+                yield self._request(items)
+
+        with Ring(self.padded, requests(), size, SLOTS + readers - 1, readers) as ring, pinned(ring.memory, device):
+            yield (self._batch(asked.pop(0), request, buffer) for request, buffer in ring)
+
+    def _request(self, items: Sequence[Item]) -> Request:
+        waves, features = [], []
+        for item in items:
+            (wave, feature), u = self._places[item.utterance].tolist(), self.manifest[item.utterance]
+            if item.span is None:  # with the samples after the last frame, which the teacher's norm saw too
+                waves.append((wave, 0, u.samples))
+                features.append((feature, 0, u.num_frames))
+            else:
+                cut = item.span.samples
+                waves.append((wave, cut.start, cut.stop - cut.start))
+                features.append((feature, item.span.start, item.span.count))
+        return Request(np.array(waves, dtype=np.int64), np.array(features, dtype=np.int64))
+
+    def _batch(self, utterances: list[int], request: Request, buffer: UInt8[np.ndarray, " _"]) -> Batch:
+        waves, rows = self.padded.views(request, buffer)
+        return Batch(
+            [self.manifest[u].id for u in utterances],
+            torch.from_numpy(waves),
+            torch.from_numpy(request.waves[:, 2].copy()),
+            torch.from_numpy(rows),
+            torch.from_numpy(request.features[:, 2].copy()),
+        )
+
+
+@contextmanager
+def pinned(memory: tuple[int, int], device: torch.device) -> Iterator[None]:
+    """Lock shared memory for the time of a block, so that a CUDA device copies from it directly and without waiting."""
+    if device.type != "cuda":
+        yield
+        return
+    runtime = torch.cuda.cudart()
+    torch.cuda.check_error(int(runtime.cudaHostRegister(*memory, 0)))
+    try:
+        yield
+    finally:
+        torch.cuda.synchronize()
+        torch.cuda.check_error(int(runtime.cudaHostUnregister(memory[0])))

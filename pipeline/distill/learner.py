@@ -11,12 +11,13 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from cache.errors import SettingsError
-from pipeline.distill.batches import Batch, Crop
+from pipeline.distill.batches import Batch
 from pipeline.distill.heads import PredictionHeads, initialise_heads
 from pipeline.distill.losses import LossTerms, distillation_loss
+from pipeline.distill.plan import Crop, Shuffle
 from pipeline.distill.schedule import make_optimizer, rate_at
 from pipeline.layers.targets import Adopted, Init, SingleTeacher, Targets
-from pipeline.padding import frame_mask
+from pipeline.padding import INT16_SCALE, frame_mask
 from pipeline.student.adopt import copy_adopted
 from pipeline.student.encoder import Encoder, initialise
 from pipeline.student.shape import EncoderShape
@@ -31,6 +32,8 @@ class TrainParams(BaseModel, frozen=True, extra="forbid"):
     """Padded audio in one batch."""
     crop: Crop
     """full, or aligned with max_seconds."""
+    shuffle: Shuffle
+    """everywhere, or shards with together."""
     learning_rate: float = Field(gt=0)
     """Peak; 2e-4 in DistilHuBERT."""
     warmup: float = Field(ge=0, le=1)
@@ -128,9 +131,11 @@ class Learner(nn.Module):
         train = self.params.train
         half = train.precision == "bfloat16" and self.device.type == "cuda"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
-            states = self.encoder(batch.waves.to(self.device), batch.samples.to(self.device))
+            waves = batch.waves.to(self.device, non_blocking=True).float() * INT16_SCALE
+            states = self.encoder(waves, batch.samples.to(self.device))
             predicted = self.heads(self.encoder.read_out(states))
-        targets, frames = self.decode(batch.targets.to(self.device)), batch.frames.to(self.device)
+        targets = self.decode(batch.targets.to(self.device, non_blocking=True))
+        frames = batch.frames.to(self.device)
         mask = frame_mask(frames, targets.shape[2])
         return distillation_loss(predicted, targets, mask, train.l1_weight, train.cosine_weight), predicted
 

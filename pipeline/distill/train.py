@@ -6,8 +6,9 @@ on from there, on a CPU bit for bit; a state of other settings, targets or audio
 
 import platform
 import shutil
-from collections.abc import Callable
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,18 @@ from cache.process import exclusive
 from cache.publish import digest_file, digest_json, named_io_errors, publish_dir, read_json, write_json
 from cache.ragged import Store
 from pipeline.codecs import Decoder
-from pipeline.distill.batches import Batch, BatchReader, plan_epoch
+from pipeline.distill.batches import Batch, BatchReader
 from pipeline.distill.curves import Curves
 from pipeline.distill.interrupt import stop_requested
 from pipeline.distill.learner import Learner, StudentParams, Update
+from pipeline.distill.plan import Item, WithinShards, plan_epoch
 from pipeline.distill.state import Progress, Say, load_state, save_state
 from pipeline.layers.targets import Adopted, Targets, open_targets, targets_json
 from pipeline.ordered import ordered_map
 from pipeline.student.checkpoint import save_student
 from pipeline.student.encoder import count_parameters
 
-AHEAD = 3  # batches read while one is computed
+AHEAD = 3  # dev batches read while one is computed
 
 Tick = Callable[..., None]
 
@@ -46,6 +48,7 @@ def distil(
     device: str,
     tick: Tick,
     say: Say,
+    readers: int = 1,
 ) -> dict[str, Any]:
     """Train a student and publish it; gives its metrics.
 
@@ -59,6 +62,7 @@ def distil(
         device: cpu, cuda, cuda:1.
         tick: told each step, with a note.
         say: told what a person should know.
+        readers: processes that read ahead; changes speed, not what is computed.
 
     Raises:
         SettingsError: the init does not fit, or an utterance does not fit into a batch.
@@ -81,10 +85,10 @@ def distil(
         features = _open_features(params, targets, manifest, splits)
         arrays = list(targets.arrays)
         learner = Learner(params, targets, init, device, Decoder(features, arrays, device))
-        readers = {n: BatchReader(split, waves, features, arrays) for n, split in splits.items() if len(split)}
+        splits_read = {n: BatchReader(split, waves, features, arrays) for n, split in splits.items() if len(split)}
         _discard_other(run, facts, device, say)  # after all checks: a wrong path must not cost a state
-        with ThreadPoolExecutor(1) as executor, stop_requested() as stopping:
-            progress = _train(learner, readers, run, executor, stopping, tick, say)
+        with stop_requested() as stopping:
+            progress = _train(learner, splits_read, run, readers, stopping, tick, say)
         metrics = {
             "dev": progress.dev,
             "steps": progress.step,
@@ -142,27 +146,30 @@ def _open_features(params: StudentParams, targets: Targets, manifest: Manifest, 
 
 def _train(
     learner: Learner,
-    readers: dict[str, BatchReader],
+    splits: dict[str, BatchReader],
     run: Path,
-    executor: Executor,
+    readers: int,
     stopping: Callable[[], bool],
     tick: Tick,
     say: Say,
 ) -> Progress:
     """Bring the learner from where its state is to the last step."""
-    train, seed = learner.params.train, learner.params.seed
+    train, reader = learner.params.train, splits["train"]
     progress = load_state(run, learner, learner.optimizer, say)
     curves = Curves(run / "curves.csv", 0 if progress is None else progress.curves_bytes)
     with curves:
         if progress is None:
-            progress = Progress(dev=_validate(learner, readers, executor))
+            progress = Progress(dev=_validate(learner, splits))
             curves.add(step=0, **_dev_columns(progress))
         elif progress.step < train.steps:
             say(f"going on after step {progress.step} of {train.steps}")
         tick(progress.step, found=True)
-        while progress.step < train.steps:
-            plan = plan_epoch(readers["train"].manifest.samples, train.crop, train.batch_seconds, seed, progress.epoch)
-            for batch in ordered_map(executor, readers["train"].read, plan[progress.position :], AHEAD):
+        if progress.step == train.steps:
+            return progress
+        sizes: dict[int, int] = {}  # batches of the epochs that are planned
+        plan = islice(_plans(learner.params, reader, progress, sizes), train.steps - progress.step)
+        with reader.ahead(plan, train.batch_seconds, readers, learner.device) as batches:
+            for batch in batches:
                 update = learner.update(batch, progress.step + 1)
                 progress.step += 1
                 progress.position += 1
@@ -172,12 +179,14 @@ def _train(
                 last = progress.step == train.steps
                 validating = train.validate_every is not None and (last or progress.step % train.validate_every == 0)
                 if validating:
-                    progress.dev = _validate(learner, readers, executor)
+                    progress.dev = _validate(learner, splits)
                 if last or validating or progress.step % train.log_every == 0:
                     means = {name: value / progress.summed for name, value in progress.sums.items()}
                     dev = _dev_columns(progress) if validating else {}
                     curves.add(step=progress.step, rate=update.rate, **means, **dev)
                     progress.sums, progress.summed = {}, 0
+                if progress.position == sizes[progress.epoch]:
+                    progress.epoch, progress.position = progress.epoch + 1, 0
                 stop = stopping() and not last
                 if last or stop or progress.step % train.checkpoint_every == 0:
                     progress.curves_bytes = curves.flush()
@@ -187,21 +196,32 @@ def _train(
                     raise Interrupted(
                         f"stopped after step {progress.step} of {train.steps} with its state saved; the same command goes on"
                     )
-                if last:
-                    break
-            else:
-                progress.epoch, progress.position = progress.epoch + 1, 0
     return progress
 
 
-def _validate(learner: Learner, readers: dict[str, BatchReader], executor: Executor) -> dict[str, float] | None:
-    """Loss terms on the dev split, always with the plan of epoch 0."""
+def _plans(
+    params: StudentParams, reader: BatchReader, progress: Progress, sizes: dict[int, int]
+) -> Iterator[list[Item]]:
+    """Batches from where the training is on, epoch after epoch; says in `sizes` how many each epoch has."""
+    train, shuffle = params.train, params.train.shuffle
+    epoch, position = progress.epoch, progress.position
+    while True:
+        local = (reader.shards, shuffle.together) if isinstance(shuffle, WithinShards) else ()
+        plan = plan_epoch(reader.samples, train.crop, train.batch_seconds, params.seed, epoch, *local)
+        sizes[epoch] = len(plan)
+        yield from plan[position:]
+        epoch, position = epoch + 1, 0
+
+
+def _validate(learner: Learner, splits: dict[str, BatchReader]) -> dict[str, float] | None:
+    """Loss terms on the dev split, always with the plan of epoch 0; read by a thread, which waits for torch alone."""
     train = learner.params.train
     if train.validate_every is None:
         return None
-    reader = readers["dev"]
-    plan = plan_epoch(reader.manifest.samples, train.crop, train.batch_seconds, learner.params.seed, 0)
-    return learner.evaluate(ordered_map(executor, reader.read, plan, AHEAD))
+    reader = splits["dev"]
+    plan = plan_epoch(reader.samples, train.crop, train.batch_seconds, learner.params.seed, 0)
+    with ThreadPoolExecutor(1) as executor:
+        return learner.evaluate(ordered_map(executor, reader.read, plan, AHEAD))
 
 
 def _dev_columns(progress: Progress) -> dict[str, float]:
