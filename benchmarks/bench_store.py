@@ -21,15 +21,14 @@ at the same time; the sum of their bytes over the time until both are done.
 Beside Python: the main thread runs pure Python all the time, and takes a batch when there is one. The batches come from a
 `cache.ring.Ring` with one worker, or, for contrast, from a thread.
 
-Writing: whole shards from memory through `StoreWriter.write` (checksums, hash, fsync, rename, journal) against
-`write` and `fsync` of the same bytes to a plain file.
+Writing: whole shards from memory through `StoreWriter.write` and through the processes of `cache.writers.ShardPool`
+(checksums, hash, fsync, rename, journal) against `write` and `fsync` of the same bytes by as many processes.
 """
 
 import argparse
 import json
 import os
 import platform
-import shutil
 import statistics
 import sys
 import tempfile
@@ -42,11 +41,11 @@ from typing import Any
 import numpy as np
 import xxhash
 from store_contenders import IN_FLIGHT, Contenders, GatherInto, serve
-from store_corpus import LAYERS, NAMES, SEED, Corpus, random_rows
+from store_corpus import LAYERS, SEED, Corpus
+from store_writes import PLAIN, POOLS, measure_writes
 
 from cache.children import Child
 from cache.ring import Ring
-from cache.writer import StoreWriter
 
 Rates = dict[str, list[float]]  # contender -> MB/s in each round
 
@@ -173,37 +172,6 @@ def measure_beside(corpus: Corpus, contenders: Contenders, rounds: int, batches:
     return rates
 
 
-def measure_writes(corpus: Corpus, rounds: int) -> Rates:
-    """MB/s of whole shards, and of the same bytes into plain files."""
-    rates: Rates = {"write + fsync": [], "StoreWriter.write": []}
-    place = corpus.place / "written"
-    with corpus.writer(place / "store", NAMES[:1]) as writer:
-        rows = random_rows(np.random.default_rng(SEED), writer.plan.used_rows(0))
-
-        def plain() -> None:
-            with open(place / "plain", "wb", buffering=0) as file:
-                left = memoryview(rows.reshape(-1).view(np.uint8))
-                while left:
-                    left = left[file.write(left) :]
-                os.fsync(file.fileno())
-
-        def shard(writer: StoreWriter = writer) -> None:
-            writer.write(NAMES[0], 0, rows)
-
-        for number in range(rounds + 1):
-            pairs = [("write + fsync", plain), ("StoreWriter.write", shard)]
-            for name, write in pairs if number % 2 else pairs[::-1]:
-                for file in [p for p in place.rglob("*") if p.name in ("plain", "0") and p.stat().st_size > 2**20]:
-                    file.unlink()  # both make a new file
-                os.sync()
-                began = time.perf_counter()
-                write()
-                if number:
-                    rates[name].append(rows.nbytes / (time.perf_counter() - began) / 1e6)
-    shutil.rmtree(place)
-    return rates
-
-
 def ratio(rates: Rates, one: str, other: str) -> float:
     return statistics.median(a / b for a, b in zip(rates[one], rates[other], strict=True))
 
@@ -222,9 +190,16 @@ def machine() -> dict[str, Any]:
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9),
         "kernel": platform.release().split("-")[0],
         "python": platform.python_version(),
-        "load": round(os.getloadavg()[0], 1),  # of others, before this began
         "versions": {name: metadata.version(name) for name in names},
     }
+
+
+def busy_seconds() -> tuple[float, float]:
+    """Processor seconds used so far: by everyone on the machine, and by this process and its ended children."""
+    fields = list(map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9]))
+    everyone = (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")  # less idle and waiting for the disk
+    own = os.times()
+    return everyone, own.user + own.system + own.children_user + own.children_system
 
 
 def run(place: Path, utterances: int, rounds: int, batches: int) -> tuple[int, dict[str, Rates]]:
@@ -263,7 +238,8 @@ def fresh(contenders: Contenders) -> Timed:
 
 def promises(found: dict[str, Rates]) -> list[tuple[str, float, float]]:
     """Name, figure and bar of everything that is promised."""
-    warm, cold, beside = found["warm, one process"], found["cold, one process"], found["beside Python"]
+    warm, cold = found["warm, one process"], found["cold, one process"]
+    beside, write = found["beside Python"], found["write"]
     return [
         ("warm: gather / preadv", ratio(warm, "gather", "preadv"), 0.95),
         ("warm: read_batch / preadv + zeros", ratio(warm, "read_batch", "preadv + zeros"), 0.95),
@@ -274,7 +250,9 @@ def promises(found: dict[str, Rates]) -> list[tuple[str, float, float]]:
         ("warm: ring beside Python / preadv alone", ratio(beside, BESIDE["ring"], BESIDE["preadv"]), 0.80),
         ("cold: gather / preadv, one in flight", ratio(cold, "gather", "preadv"), 0.90),
         (f"cold: gather / preadv, {IN_FLIGHT} in flight", ratio(cold, DEEP[1], DEEP[0]), 0.90),
-        ("write: StoreWriter / write + fsync", ratio(found["write"], "StoreWriter.write", "write + fsync"), 0.80),
+        ("write: StoreWriter / write + fsync", ratio(write, POOLS[0], PLAIN[1]), 0.80),
+        ("write: 1 process / write + fsync by 1", ratio(write, POOLS[1], PLAIN[1]), 0.80),
+        ("write: 2 processes / write + fsync by 2", ratio(write, POOLS[2], PLAIN[2]), 0.80),
     ]
 
 
@@ -302,10 +280,15 @@ def main() -> None:
     print(
         f"{head['cpu']}, {head['cores']} cores, {head['memory_gb']} GB, Linux {head['kernel']}, Python {head['python']}"
     )
-    print("  ".join(f"{k} {v}" for k, v in head["versions"].items()) + f"; load {head['load']}")
+    print("  ".join(f"{k} {v}" for k, v in head["versions"].items()))
+    began, before = time.monotonic(), busy_seconds()
     with tempfile.TemporaryDirectory(dir=options.dir, prefix="bench-store-") as place:
         size, found = run(Path(place), utterances, rounds, batches)
-    print(f"{size / 1e9:.2f} GB: {utterances} utterances x {LAYERS} layers; medians, MB/s\n")
+    everyone, own = (after - was for after, was in zip(busy_seconds(), before, strict=True))
+    head["seconds"] = round(time.monotonic() - began)
+    head["busy_by_others"] = round((everyone - own) / (time.monotonic() - began), 2)
+    print(f"{size / 1e9:.2f} GB: {utterances} utterances x {LAYERS} layers; medians, MB/s")
+    print(f"{head['seconds']} s, of {head['cores']} cores {head['busy_by_others']} were busy with other work\n")
     show(found)
     kept = promises(found)
     for name, figure, bar in kept:
