@@ -1,6 +1,6 @@
 """Requests in, filled slots of shared memory out, in order: read ahead by processes that a busy interpreter cannot starve.
 
-A thread that reads beside pure Python waits for the interpreter's lock at every call: it falls to a fortieth of its
+A thread that reads beside pure Python waits for the interpreter's lock after every call: it falls to a fraction of its
 speed. These readers are processes, and their slots are memory that they and the caller see. Everything is made once
 and used again, so a batch costs its bytes and no page fault.
 
