@@ -1,15 +1,15 @@
 """P2 and P3 of extraction: what is stored is what the model gives alone, and a killed run loses nothing."""
 
-import os
+import json
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from typer.testing import CliRunner
 
 from cache.errors import DataError, SettingsError, StoreError
 from cache.manifest import Manifest
@@ -18,6 +18,7 @@ from pipeline.calibrate import Calibration
 from pipeline.extract import ExtractParams, Keep, extract
 from pipeline.logmel import LogMel, LogMelParams
 from pipeline.padding import LengthMaskedGroupNorm, pad_waves
+from stages.extract import app
 
 SAMPLE = Calibration(seconds=60, seed=0)  # more than there is: all of it
 
@@ -166,44 +167,63 @@ def test_a_log_mel_frame_lies_on_the_models_grid(logmel):
     assert (heard[0, :5].abs().sum(), heard[0, 6:].abs().sum()) == (0, 0)
 
 
-def test_kill_9_during_extraction_is_made_good_by_the_same_command(tiny_corpus, tmp_path):
+STOP_AFTER_TWO_COMMITS = """
+import signal, sys
+from cache.writer import Journal
+from stages.extract import app
+append = Journal.append
+def stopping(self, *row):
+    append(self, *row)
+    if len(self.rows) == 2:
+        print("two", flush=True)
+        signal.pause()  # its writing ahead goes on, and no machine is so fast that it ends
+Journal.append = stopping
+app(sys.argv[1:])
+"""
+
+
+def test_kill_9_during_extraction_is_made_good_by_the_same_command(tiny_corpus, tmp_path, monkeypatch):
     params = {"extract": {**PARAMS.model_dump(), "shard_frames": 96}, "keep": {"layers": "all", "select": "all"}}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
     (tmp_path / "logmel.json").write_text('{"model": "log-mel", "num_mels": 20, "floor": 1e-6}')
-    command = [
-        sys.executable,
-        "-m",
-        "stages.extract",
-        "tiny",
-        "--keep",
-        "keep",
-        "--params",
-        str(tmp_path / "params.yaml"),
-    ]
-    command += ["--model", str(tmp_path / "logmel.json"), "--manifest", str(tiny_corpus.manifest_path)]
-    command += ["--waves", str(tiny_corpus.waves_path)]
 
-    def environment(store, **more):
-        waves = tiny_corpus.root / "store" / "waves"
-        store.mkdir(exist_ok=True)
-        if not (store / "waves").exists():
-            (store / "waves").symlink_to(waves)
-        return {**os.environ, "DECANT_STORE": str(store), **more}
+    def command(out):
+        return [
+            *("tiny", "--keep", "keep", "--params", str(tmp_path / "params.yaml"), "--out", str(tmp_path / out)),
+            *("--model", str(tmp_path / "logmel.json"), "--manifest", str(tiny_corpus.manifest_path)),
+            *("--waves", str(tiny_corpus.waves_path)),
+        ]
 
-    whole = tmp_path / "whole"
-    subprocess.run(
-        [*command, "--out", str(tmp_path / "whole.json")], check=True, env=environment(whole), cwd=os.getcwd()
-    )
+    def run_stage(out):
+        CliRunner().invoke(app, command(out), catch_exceptions=False)
+
+    for store in ("whole", "killed"):
+        (tmp_path / store).mkdir()
+        (tmp_path / store / "waves").symlink_to(tiny_corpus.root / "store" / "waves")
+    monkeypatch.setenv("DECANT_STORE", str(tmp_path / "whole"))
+    run_stage("whole.json")
     killed = tmp_path / "killed"
-    child = subprocess.Popen([*command, "--out", str(tmp_path / "killed.json")], env=environment(killed))
-    deadline = time.monotonic() + 60
-    while child.poll() is None and not list(killed.glob("features/*/layer-00/c/1/0")) and time.monotonic() < deadline:
-        time.sleep(0.001)
+    monkeypatch.setenv("DECANT_STORE", str(killed))
+    child = subprocess.Popen(
+        [sys.executable, "-c", STOP_AFTER_TWO_COMMITS, *command("killed.json")], stdout=subprocess.PIPE, text=True
+    )
+    told = child.stdout.readline()
     child.send_signal(signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL
-    committed = {p: p.stat().st_mtime_ns for p in killed.glob("features/*/layer-00/c/*/0")}
-    assert committed
-    subprocess.run([*command, "--out", str(tmp_path / "killed.json")], check=True, env=environment(killed))
+    assert (told, child.wait()) == ("two\n", -signal.SIGKILL)
+    child.stdout.close()
+    assert not (tmp_path / "killed.json").exists()
+    journal = next(killed.glob("features/*/journal.jsonl"))
+    committed = journal.read_text().splitlines()
+    before = {p: (p.stat().st_ino, p.stat().st_mtime_ns) for p in shards(killed, committed)}
+    assert len(before) == 2
+    run_stage("killed.json")
     assert (tmp_path / "killed.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
-    journal = next(killed.glob("features/*/journal.jsonl")).read_text().splitlines()
-    assert len(journal) == len(set(journal))  # no shard was committed twice
+    after = journal.read_text().splitlines()
+    assert after[:2] == committed  # no shard was committed twice, and what was committed was not made again
+    assert len({(row["array"], row["shard"]) for row in map(json.loads, after)}) == len(after)
+    assert {p: (p.stat().st_ino, p.stat().st_mtime_ns) for p in before} == before
+
+
+def shards(store, journal):
+    rows = map(json.loads, journal)
+    return [next(store.glob(f"features/*/{row['array']}/c/{row['shard']}/0")) for row in rows]
