@@ -5,8 +5,7 @@ encoded and written as whole files, one per layer. A shard is committed or it is
 missing, and layers asked for later are added to the same store.
 """
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +20,7 @@ from cache.manifest import Manifest
 from cache.ragged import Store, layer_name, layer_of
 from cache.receipts import make_receipt, store_key, store_path
 from cache.writer import StoreWriter, open_writer
+from cache.writers import ShardPool
 from pipeline.calibrate import Calibration, fit_tables, sample_layers
 from pipeline.codecs import can_hold, encode, to_device
 from pipeline.forward import draw_utterances, forward_batches
@@ -64,6 +64,7 @@ def extract(
     keep: Keep,
     device: str,
     tick: Tick,
+    writers: int = 1,
 ) -> dict[str, Any]:
     """Bring a store up to date with a model and give its receipt.
 
@@ -75,6 +76,7 @@ def extract(
         keep: which layers of which utterances.
         device: where the model is.
         tick: told the audio-seconds of each shard as it is committed, and with found=True of those found committed.
+        writers: processes that write whole shards beside the computing; 0 writes in this one.
 
     Raises:
         SettingsError: a layer the model does not have, or an utterance larger than a shard.
@@ -117,25 +119,21 @@ def extract(
             chosen.samples[list(writer.plan.utterances(s))].sum() / RATE_HZ for s in range(writer.plan.num_shards)
         ]
         tick(float(sum(seconds[s] for s in range(writer.plan.num_shards) if s not in todo)), found=True)
-        # One shard is written while the next is computed; waiting for it bounds memory to two shards.
-        with ThreadPoolExecutor(1) as behind:
-            pending: Future[None] | None = None
+        left = {shard: len(arrays) for shard, arrays in todo.items()}
+
+        def committed(_: str, shard: int) -> None:
+            left[shard] -= 1
+            if not left[shard]:
+                tick(float(seconds[shard]))
+
+        # shards are written while the next is computed; waiting for a buffer bounds memory to two shards
+        with ShardPool(writer, writers, shard_buffers=2, committed=committed) as pool:
             for shard, arrays in todo.items():
-                buffers = forward_shard(upstream, chosen, waves, writer, shard, arrays, params, device)
-                if pending is not None:
-                    pending.result()
-                pending = behind.submit(_commit, writer, shard, buffers, tick, float(seconds[shard]))
-            if pending is not None:
-                pending.result()
+                buffers = {array: pool.buffer(array, shard) for array in arrays}
+                forward_shard(upstream, chosen, waves, writer, shard, buffers, params, device, pool.record)
+                for array in arrays:
+                    pool.commit(array, shard)
     return make_receipt(directory, names)
-
-
-def _commit(
-    writer: StoreWriter, shard: int, buffers: dict[str, Shaped[np.ndarray, "R W"]], tick: Tick, seconds: float
-) -> None:
-    for array, rows in buffers.items():
-        writer.write(array, shard, rows)
-    tick(seconds)
 
 
 def fit_layers(
@@ -156,16 +154,19 @@ def forward_shard(
     waves: Store,
     writer: StoreWriter,
     shard: int,
-    arrays: Sequence[str],
+    out: dict[str, Shaped[np.ndarray, "R W"]],
     params: ExtractParams,
     device: str,
-) -> dict[str, Shaped[np.ndarray, "R W"]]:
-    """The encoded rows of one shard, per array. A pure function of the plan: restarts meet the same batches."""
+    meanwhile: Callable[[], None],
+) -> None:
+    """Fill `out`, per array, with the encoded rows of one shard; calls `meanwhile` after every batch.
+
+    A pure function of the plan: restarts meet the same batches.
+    """
     plan = writer.plan
     first_row = shard * plan.shard_rows
-    specs = {a: writer.specs[a] for a in arrays}
-    tables = {a: to_device(writer.tables(a) or {}, device) for a in arrays}
-    out = {a: np.empty((plan.used_rows(shard), *s.inner), dtype=s.dtype) for a, s in specs.items()}
+    specs = {a: writer.specs[a] for a in out}
+    tables = {a: to_device(writer.tables(a) or {}, device) for a in out}
     for batch in forward_batches(upstream, manifest, waves, plan.utterances(shard), params.batch_seconds, device):
         for array, spec in specs.items():
             states = batch.layers[layer_of(array)].float()
@@ -179,7 +180,7 @@ def forward_shard(
                     )
                 at = int(plan.start[u]) - first_row
                 out[array][at : at + count] = rows[b, :count]
-    return out
+        meanwhile()
 
 
 def kept_layers(keep: Keep, upstream: Upstream) -> list[int]:

@@ -21,6 +21,7 @@ def main(
     out: Annotated[Path, typer.Option(help="The receipt to write.")],
     params: Annotated[Path, typer.Option(help="Settings.")] = Path("params.yaml"),
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto.")] = "auto",
+    writers: Annotated[int, typer.Option(min=0, help="Processes that write shards; 0 writes between forwards.")] = 1,
 ) -> None:
     """Run a model once over the manifest and store its layers; a killed run goes on where it stopped."""
     from cache.frames import RATE_HZ
@@ -40,7 +41,7 @@ def main(
     place = choose_device(device)
     upstream = open_model(model, place)
     with progress(f"extract {name}", total=float(chosen.samples.sum()) / RATE_HZ, unit="audio-s") as tick:
-        receipt = extract(upstream, utterances, store, settings, what, place, tick)
+        receipt = extract(upstream, utterances, store, settings, what, place, tick, writers)
     write_json(out, receipt)
     print(
         f"extract {name}: {len(receipt['arrays'])} layers x {receipt['rows']:,} frames x {upstream.width} {settings.codec}, "

@@ -51,7 +51,7 @@ def corpus(tmp_path, monkeypatch):
     return make_tiny_corpus(tmp_path, [32_000, 48_000, 720, 64_000, 40_000, 16_000, 80_000, 56_000, 24_000, 60_000])
 
 
-def run(corpus, codec, layers="all", seconds=60, model=None):
+def run(corpus, codec, layers="all", seconds=60, model=None, tick=lambda *_, **__: None):
     params = ExtractParams(
         version=1,
         codec=codec,
@@ -61,7 +61,7 @@ def run(corpus, codec, layers="all", seconds=60, model=None):
         calibration=Calibration(seconds=seconds, seed=0),
     )
     keep = Keep(layers=layers, select="all")
-    return extract(model or Projecting(), corpus.manifest, corpus.waves, params, keep, "cpu", lambda *_, **__: None)
+    return extract(model or Projecting(), corpus.manifest, corpus.waves, params, keep, "cpu", tick)
 
 
 def frames_of(receipt, layer="layer-01"):
@@ -93,16 +93,16 @@ def test_zarr_and_tensorstore_read_rows_and_tables(corpus, codec):
 
 
 def die_after(shards):
-    """SIGKILL this process once so many shards are committed."""
-    real, done = extraction._commit, []
+    """A progress callback that sends SIGKILL to this process once so many shards are committed."""
+    done = []
 
-    def commit(*args, **kwargs):
-        real(*args, **kwargs)
-        done.append(1)
+    def tick(amount, found=False):
+        if not found:
+            done.append(amount)
         if len(done) == shards:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    extraction._commit = commit
+    return tick
 
 
 @pytest.mark.parametrize("codec", ["int8", "mvq8"])
@@ -112,8 +112,7 @@ def test_a_killed_extraction_ends_in_the_same_bytes_and_fits_nothing_twice(corpu
     shutil.rmtree(directory)
     for committed in (1, 2):
         if (pid := os.fork()) == 0:
-            die_after(committed)
-            run(corpus, codec)
+            run(corpus, codec, tick=die_after(committed))
             os._exit(0)
         assert os.waitpid(pid, 0)[1] == signal.SIGKILL
     monkeypatch.setattr(extraction, "fit_tables", lambda *_: pytest.fail("fitted again"))
