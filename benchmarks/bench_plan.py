@@ -4,7 +4,7 @@ python benchmarks/bench_plan.py [--quick] [--json FILE]
 
 17 million lengths are drawn (log-normal, 1 to 35 s, as LibriLight and LibriSpeech are cut), and every step then runs on
 the real code in a process of its own, whose peak memory the kernel tells. The store has its true number of shards, but
-they are links to one real shard of 8 channels: what is measured is the bookkeeping. Promises have bars; limits (what
+they are links to one real shard of 8 channels of each length: what is measured is the bookkeeping. Promises have bars; limits (what
 still needs an object an utterance) are measured at 1/20 of the size, because they break the 2 GB at the full one.
 """
 
@@ -123,17 +123,25 @@ def link_shards(folder: Path, size: int) -> dict[str, Any]:
     store = Store(folder / "features" / head["key"])
     spec, plan = store.spec("layer-00"), store.plan
     rows = np.repeat((np.arange(SHARD_ROWS) % 2048).astype(np.float16)[:, None], WIDTH, axis=1)
-    size_digest = write_shard(folder / "one" / "0", encode_shard(rows, spec, store.grid))
     parent = shard_path(store.directory, spec, 0).parent.parent
     parent.mkdir(parents=True)
     write_json(store.directory / "layer-00" / "zarr.json", array_metadata(spec, store.grid, plan.num_rows))
+    made: dict[int, tuple[int, str]] = {}  # chunks -> bytes, hash of the one shard of that size
+    described = []
     with open(store.directory / "journal.jsonl", "w", encoding="ascii") as journal:
         for shard in range(plan.num_shards):
-            os.symlink(folder / "one", parent / str(shard))
-            row = {"array": "layer-00", "shard": shard, "bytes": size_digest[0], "xxh3": size_digest[1]}
+            used = plan.used_rows(shard)
+            chunks = -(-used // store.grid.chunk_rows)
+            one = folder / "one" / str(chunks)
+            if chunks not in made:
+                made[chunks] = write_shard(
+                    one / "0", encode_shard(rows[: chunks * store.grid.chunk_rows], spec, store.grid)
+                )
+            os.symlink(one, parent / str(shard))
+            described.append(list(made[chunks]))
+            row = {"array": "layer-00", "shard": shard, "bytes": made[chunks][0], "xxh3": made[chunks][1]}
             journal.write(json.dumps(row) + "\n")
-    digest = digest_json([list(size_digest)] * plan.num_shards)
-    arrays = {"layer-00": {"width": WIDTH, "codec": "float16", "digest": digest}}
+    arrays = {"layer-00": {"width": WIDTH, "codec": "float16", "digest": digest_json(described)}}
     write_json(folder / "receipt.json", {"format": 1, **{k: head[k] for k in ("kind", "key")}, "arrays": arrays})
     return {"files": plan.num_shards}
 

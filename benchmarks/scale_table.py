@@ -10,6 +10,7 @@ import json
 import math
 from pathlib import Path
 
+from cache.codecs import FEATURE_CODECS
 from cache.frames import HOP, RATE_HZ
 from cache.writer import WAVE_GRID
 from cache.zarrshard import CRC_BYTES, ArraySpec, Grid
@@ -22,10 +23,9 @@ GRID = Grid(chunk_rows=64, shard_rows=65_536)
 LAYERS, TEACHERS = 4, 3
 WAVE_BYTES = 2 * RATE_HZ  # a second
 
-# Bytes of one row. What NOT_YET names is planned: no code writes it, and the tables mark it with a star.
-CODECS = {"float32": ArraySpec("", WIDTH, "float32").row_bytes, "float16": ArraySpec("", WIDTH, "float16").row_bytes}
-NOT_YET = {"int8 per frame": WIDTH + 2, "32-byte codes": 32, "16-byte codes": 16}
-ROW_BYTES = {**CODECS, **{f"{name} *": size for name, size in NOT_YET.items()}}
+CODECS = {name: ArraySpec("", WIDTH, name).row_bytes for name in FEATURE_CODECS}  # bytes of one row
+SHOWN = {"float16, bfloat16": "float16", **{name: name for name in ("float32", "int8", "mvq32", "mvq16", "mvq8")}}
+ROW_BYTES = dict(sorted(((label, CODECS[name]) for label, name in SHOWN.items()), key=lambda row: -row[1]))
 
 # Assumptions, as ranges a user should replace by his own: (bytes/s one reader gets, seconds to the first byte, seconds a stat)
 MEDIA = {
@@ -154,16 +154,16 @@ def requests_table() -> str:
         shard_seconds = GRID.shard_rows * HOP / RATE_HZ
         wholes = speed * (LAYERS / shard_seconds + RATE_HZ / WAVE_GRID.shard_rows)
         flying = []
-        for name in ("float16", "int8 per frame *"):
-            mean = rate(ROW_BYTES[name]) * mean_seconds() / (LAYERS + 1)
+        for name in ("float16", "int8"):
+            mean = rate(CODECS[name]) * mean_seconds() / (LAYERS + 1)
             flying.append(many(math.ceil(ranges * (0.05 + mean / 0.1e9))))
         rows.append([f"{many(speed)} x", many(ranges), f"{wholes:.0f}", *flying])
     columns = [
         "",
         "ranges a second, one an utterance and array",
-        "whole shards a second, shuffled inside *",
-        "ranges in flight, object store, float16 *",
-        "the same, int8 *",
+        "whole shards a second, shuffled inside",
+        "ranges in flight, object store, float16",
+        "the same, int8",
     ]
     return table("Requests", columns, rows)
 
