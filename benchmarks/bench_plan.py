@@ -4,8 +4,9 @@ python benchmarks/bench_plan.py [--quick] [--json FILE]
 
 17 million lengths are drawn (log-normal, 1 to 35 s, as LibriLight and LibriSpeech are cut), and every step then runs on
 the real code in a process of its own, whose peak memory the kernel tells. The store has its true number of shards, but
-they are links to one real shard of 8 channels of each length: what is measured is the bookkeeping. Promises have bars; limits (what
-still needs an object an utterance) are measured at 1/20 of the size, because they break the 2 GB at the full one.
+they are links to one real shard of 8 channels of each length: what is measured is the bookkeeping. Promises have bars;
+limits (what still needs an object an utterance) are measured at 1/20 of the size, because they break the 2 GB at the
+full one.
 """
 
 import argparse
