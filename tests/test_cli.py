@@ -74,7 +74,7 @@ KEEP = "{layers: all, select: all}"
         ("extract: [", 2, "is not valid YAML"),
         ("extrakt: {}", 2, "extract is not set: the top level has extrakt (did you mean extrakt?)"),
         (f"extract: {EXTRACT[:-1]}, codecs: 1}}", 2, "extract.codecs is not a setting; known are version, codec"),
-        ("extract: {version: 1}", 2, "extract.codec is missing; settings have no defaults, write it out (and 3 more)"),
+        ("extract: {version: 1}", 2, "extract.codec is missing; settings have no defaults, write it out (and 4 more)"),
         (
             f"extract: {EXTRACT.replace('float16', 'float8')}",
             2,
