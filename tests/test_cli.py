@@ -78,7 +78,7 @@ KEEP = "{layers: all, select: all}"
         (
             f"extract: {EXTRACT.replace('float16', 'float8')}",
             2,
-            "extract.codec is 'float8': input should be 'float16' or 'float32'",
+            "extract.codec is 'float8': input should be 'float32', 'float16', 'bfloat16'",
         ),
         (f"extract: {EXTRACT}\nkeep: {{layers: [one], select: all}}", 2, "keep.layers"),
         (f"extract: {EXTRACT}\nkeep: {KEEP}", 3, "manifest.jsonl does not exist; write it with `decant prepare`"),
