@@ -9,7 +9,7 @@ above any real store's (a million hours: 2^29 utterances at the most, journals o
 import json
 import re
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,12 @@ from jaxtyping import Int64, Shaped
 
 from cache.codecs import CODECS
 from cache.errors import StoreError
+from cache.places import bytes_of
 from cache.plan import plan_rows
-from cache.publish import canonical_json, read_json, write_json
+from cache.publish import canonical_json, parse_json, write_json
 from cache.zarrshard import CRC_BYTES, ArraySpec, Grid, array_metadata, column_path, read_column, write_column
 
+JOURNAL = "journal.jsonl"
 FORMAT = 1  # raised by one when a reader of the old format would read wrong numbers
 COLUMNS = {"ids": "u1", "id_end": "<i8", "rows": "<i8", "start": "<i8"}
 FIELDS = ("kind", "key", "fingerprint", "codec", "width", "chunk_rows", "shard_rows")
@@ -39,16 +41,14 @@ REMEDY = (
 )
 
 
-def read_header(directory: Path) -> dict[str, Any]:
+def read_header(directory: PurePath) -> dict[str, Any]:
     """The store's own account of itself, out of its group's attributes: `format` and the `FIELDS`.
 
     Raises:
         StoreError: no store, one of another format, or one that cannot be.
     """
     path = directory / "zarr.json"
-    if not path.exists():
-        raise StoreError(f"there is no store at {directory}; run the stage that writes it (`dvc repro extract`)")
-    group = _read_flat(path)
+    group = _read_flat(path, f"there is no store at {directory}; run the stage that writes it (`dvc repro extract`)")
     attributes = group.get("attributes") if isinstance(group, dict) else None
     header = attributes.get("decant") if isinstance(attributes, dict) else None
     if header is None:
@@ -56,13 +56,17 @@ def read_header(directory: Path) -> dict[str, Any]:
     return check_header(header, path)
 
 
-def _read_flat(path: Path) -> Any:
+def _read_flat(path: PurePath, missing: str) -> Any:
     """A small JSON file that is not nested so deep that looking at it would exhaust the stack.
 
     Raises:
-        StoreError: see `read_json`; also one that is.
+        StoreError: see `parse_json`; also one that is, and `missing` where there is no file.
     """
-    level = [value := read_json(path, MAX_JSON_BYTES)]
+    data = bytes_of(path, MAX_JSON_BYTES)
+    if data is None:
+        raise StoreError(missing)
+    value = parse_json(data, path)
+    level = [value]
     for _ in range(MAX_DEPTH):
         level = [
             child for v in level for child in (v.values() if isinstance(v, dict) else v if isinstance(v, list) else ())
@@ -72,7 +76,7 @@ def _read_flat(path: Path) -> Any:
     raise StoreError(f"{path} is nested deeper than {MAX_DEPTH} levels; {REMEDY}")
 
 
-def check_header(header: Any, where: Path) -> dict[str, Any]:
+def check_header(header: Any, where: PurePath) -> dict[str, Any]:
     """The header, if a store can have it.
 
     Raises:
@@ -128,12 +132,27 @@ def brief(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def load_rows(directory: Path, header: dict[str, Any]) -> Int64[np.ndarray, " U"]:
+def load_rows(directory: PurePath, header: dict[str, Any]) -> Int64[np.ndarray, " U"]:
     """Rows of every utterance, after comparing the columns and the journal with each other and with the header.
+
+    Behind a URL sizes are not asked for: there each file is limited to what the ones before allow.
 
     Raises:
         StoreError: a column is missing, damaged, of a size that does not fit the others', or has impossible rows.
     """
+    if isinstance(directory, Path):
+        _check_columns(directory)
+    rows = read_column(directory / "rows", "<i8", most=8 * MAX_UTTERANCES).astype(np.int64)
+    check_rows(rows, header, directory / "rows")
+    journal = directory / JOURNAL
+    if isinstance(journal, Path) and journal.exists():
+        most = journal_limit(rows, header["shard_rows"])
+        if not (journal.is_file() and journal.stat().st_size <= most):
+            raise StoreError(f"{journal} has {journal.stat().st_size:,} bytes, and needs less than {most:,}; {REMEDY}")
+    return rows
+
+
+def _check_columns(directory: Path) -> None:
     sizes = {}
     for name in COLUMNS:
         path = column_path(directory / name)
@@ -148,25 +167,22 @@ def load_rows(directory: Path, header: dict[str, Any]) -> Int64[np.ndarray, " U"
                 f"{directory / name} has {sizes[name]:,} bytes and {directory.name}/rows {sizes['rows']:,}, "
                 f"which no 1 to {MAX_UTTERANCES:,} utterances have; {REMEDY}"
             )
-    rows = read_column(directory / "rows", "<i8").astype(np.int64, copy=False)
-    check_rows(rows, header, directory / "rows")
-    journal = directory / "journal.jsonl"
-    total = int(rows.sum())
-    shards = min(num, 2 * total // header["shard_rows"] + 1)  # two neighbours hold more rows than one shard may
-    most = LINE_BYTES * MAX_ARRAYS * (shards + 1)
-    if journal.exists() and not (journal.is_file() and journal.stat().st_size <= most):
-        raise StoreError(
-            f"{journal} has {journal.stat().st_size:,} bytes, and {shards:,} shards need less than {most:,}; {REMEDY}"
-        )
-    return rows
 
 
-def check_rows(rows: Int64[np.ndarray, " U"], header: dict[str, Any], where: Path) -> None:
+def journal_limit(rows: Int64[np.ndarray, " U"], shard_rows: int) -> int:
+    """Bytes that the journal of a store surely does not reach."""
+    shards = min(len(rows), 2 * int(rows.sum()) // shard_rows + 1)  # two neighbours hold more than one may
+    return LINE_BYTES * MAX_ARRAYS * (shards + 1)
+
+
+def check_rows(rows: Int64[np.ndarray, " U"], header: dict[str, Any], where: PurePath) -> None:
     """Refuse rows that no plan can be made of.
 
     Raises:
         StoreError: naming the first utterance that is impossible.
     """
+    if not len(rows):
+        raise StoreError(f"{where} is empty; {REMEDY}")
     wrong = (rows < 1) | (rows > header["shard_rows"])
     if wrong.any():
         u = int(wrong.argmax())
@@ -178,17 +194,19 @@ def check_rows(rows: Int64[np.ndarray, " U"], header: dict[str, Any], where: Pat
         raise StoreError(f"{where} sums to {total:.3g} rows, more than the {MAX_ROWS:.3g} a store may have; {REMEDY}")
 
 
-def load_ids(directory: Path, num: int) -> list[str]:
+def load_ids(directory: PurePath, num: int) -> list[str]:
     """Ids of the `num` utterances, in order.
 
     Raises:
         StoreError: see `split_ids`; also a damaged column.
     """
-    ends = read_column(directory / "id_end", "<i8")
-    return split_ids(read_column(directory / "ids", "u1"), ends, num, directory)
+    ends = read_column(directory / "id_end", "<i8", most=8 * num)
+    return split_ids(read_column(directory / "ids", "u1", most=MAX_ID_BYTES * num), ends, num, directory)
 
 
-def split_ids(text: Shaped[np.ndarray, " N"], ends: Shaped[np.ndarray, " V"], num: int, directory: Path) -> list[str]:
+def split_ids(
+    text: Shaped[np.ndarray, " N"], ends: Shaped[np.ndarray, " V"], num: int, directory: PurePath
+) -> list[str]:
     """The ids that lie one after another in `text`.
 
     Raises:
@@ -221,7 +239,7 @@ def write_header(directory: Path, header: dict[str, Any], ids: Sequence[str], ro
     write_json(directory / "zarr.json", group)
 
 
-def check_array(directory: Path, spec: ArraySpec, grid: Grid, num_rows: int) -> None:
+def check_array(directory: PurePath, spec: ArraySpec, grid: Grid, num_rows: int) -> None:
     """Refuse an array whose zarr.json is not exactly what this store's arrays have: no forged shape, no compression.
 
     Raises:
@@ -229,7 +247,7 @@ def check_array(directory: Path, spec: ArraySpec, grid: Grid, num_rows: int) -> 
     """
     want = array_metadata(spec, grid, num_rows)
     path = directory / spec.name / "zarr.json"
-    got = _read_flat(path)
+    got = _read_flat(path, f"{path} does not exist; {REMEDY}")
     if not isinstance(got, dict):
         raise StoreError(f"{path} is {brief(got)}, which is no Zarr array's; {REMEDY}")
     for key in sorted(set(want) | set(got)):

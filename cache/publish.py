@@ -11,10 +11,11 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from cache.errors import DataError, ResourceError, StoreError
+from cache.places import bytes_of
 
 
 def canonical_json(value: Any) -> str:
@@ -28,23 +29,32 @@ def write_json(path: Path, value: Any) -> None:
         partial.write_text(canonical_json(value), encoding="utf-8")
 
 
-def read_json(path: Path, max_bytes: int | None = None) -> Any:
-    """Read one JSON file.
+def read_json(path: PurePath, max_bytes: int | None = None) -> Any:
+    """Read one JSON file, local or behind a URL.
 
     Raises:
         StoreError: missing, not JSON, or larger than `max_bytes` or memory; the message names the file.
     """
+    data = bytes_of(path, max_bytes)
+    if data is None:
+        raise StoreError(f"{path} does not exist; run the stage that writes it (`dvc repro`)")
+    return parse_json(data, path)
+
+
+def parse_json(data: bytes, where: PurePath) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        StoreError: it is none, or takes more than memory.
+    """
     try:
-        size = os.stat(path).st_size
-        if max_bytes is not None and (size > max_bytes or not os.path.isfile(path)):  # a pipe would never end
-            raise StoreError(f"{path} has {size:,} bytes and may have {max_bytes:,}; delete it and make it again")
-        return json.loads(Path(path).read_bytes())
-    except FileNotFoundError:
-        raise StoreError(f"{path} does not exist; run the stage that writes it (`dvc repro`)") from None
+        return json.loads(data)
     except MemoryError:
-        raise StoreError(f"{path} ({size:,} bytes) takes more memory than there is; make it again") from None
+        raise StoreError(f"{where} takes more memory than there is; make it again") from None
     except (ValueError, RecursionError) as error:  # also bytes that are no UTF-8, numbers of 5000 digits
-        raise StoreError(f"{path} is not valid JSON ({error}); delete it and rerun the stage that writes it") from error
+        raise StoreError(
+            f"{where} is not valid JSON ({error}); delete it and rerun the stage that writes it"
+        ) from error
 
 
 def partial_of(path: Path) -> Path:

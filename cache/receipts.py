@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from cache.errors import StoreError
-from cache.header import FORMAT, REMEDY, check_array
+from cache.header import FORMAT, REMEDY, check_array, journal_limit
+from cache.places import RemotePath, local, place_of
 from cache.publish import digest_json, read_json
 from cache.ragged import Store
 from cache.tables import describe_tables, table_names, table_path
@@ -20,12 +21,20 @@ from cache.zarrshard import shard_bytes, shard_path
 
 
 def store_root() -> Path:
-    """Where stores live: $DECANT_STORE, else store/ of the DVC checkout that runs us, else store/ here.
+    """Where stores are written: $DECANT_STORE, else store/ of the DVC checkout that runs us, else store/ here.
 
     Under `dvc exp run --temp` or `--queue` DVC_ROOT names the main checkout, so experiments share its stores.
+
+    Raises:
+        StoreError: $DECANT_STORE is a URL, from which stores are only read.
     """
+    return local(_any_root(), "this command")
+
+
+def _any_root() -> Path | RemotePath:
+    """Where stores are read."""
     if place := os.environ.get("DECANT_STORE"):
-        return Path(place)
+        return place_of(place)
     return Path(os.environ.get("DVC_ROOT", ".")) / "store"
 
 
@@ -35,7 +44,7 @@ def store_key(kind: str, fingerprint: dict[str, Any]) -> str:
 
 
 def store_path(kind: str, key: str) -> Path:
-    """The folder of a store of kind "waves" or "features"."""
+    """The local folder of a store of kind "waves" or "features"."""
     return store_root() / kind / key
 
 
@@ -74,37 +83,43 @@ def files_of(described: dict[str, Any]) -> list[list[Any]]:
 def _describe(store: Store, journal: Journal, array: str) -> dict[str, Any]:
     """What a receipt says of an array, after comparing names and sizes with what lies there, and tables byte by byte."""
     spec = store.spec(array)
-    check_array(store.directory, spec, store.grid, store.plan.num_rows)
+    check_array(store.place, spec, store.grid, store.plan.num_rows)
     shards: list[list[Any]] = []
     for shard in range(store.plan.num_shards):
-        path = shard_path(store.directory, spec, shard)
+        path = shard_path(store.place, spec, shard)
         row = journal.rows.get((array, shard))
         if row is None:
             raise StoreError(
                 f"{path} was never finished; run the stage that writes it again, it goes on where it stopped"
             )
-        if not path.exists():
-            raise StoreError(
-                f"{path} is missing; run the stage that writes it again (`dvc repro -f`), it makes only this shard"
-            )
-        if (size := path.stat().st_size) != row[0]:
-            raise StoreError(
-                f"{path} has {size} bytes and was committed with {row[0]}; run the stage that writes it again (`dvc repro -f`)"
-            )
-        if size != (want := shard_bytes(store.plan.used_rows(shard), spec, store.grid)):
-            raise StoreError(f"{path} has {size} bytes and its utterances take {want}; {REMEDY}")
+        if isinstance(path, Path):
+            _check_file(path, row[0])
+        if row[0] != (want := shard_bytes(store.plan.used_rows(shard), spec, store.grid)):
+            raise StoreError(f"{path} was committed with {row[0]} bytes and its utterances take {want}; {REMEDY}")
         shards.append([row[0], row[1]])
     described: dict[str, Any] = {"width": store.width, "codec": store.codec, "shards": shards}
     if names := table_names(spec):
-        there = describe_tables(store.directory, spec)
+        there = describe_tables(store.place, spec)
         for table, name in names.items():
             if there.get(name) != journal.rows.get((name, 0)):
                 raise StoreError(
-                    f"{table_path(store.directory, spec, table)} is missing or damaged, and {array} cannot be decoded without "
+                    f"{table_path(store.place, spec, table)} is missing or damaged, and {array} cannot be decoded without "
                     "it; run the stage that writes it again (`dvc repro -f`), it makes this layer anew"
                 )
         described["tables"] = {table: list(there[name]) for table, name in names.items()}
     return {**described, "digest": array_digest(described)}
+
+
+def _check_file(path: Path, size: int) -> None:
+    """Of a local store. Behind a URL a shard that is missing or of another size is found when it is first read."""
+    if not path.exists():
+        raise StoreError(
+            f"{path} is missing; run the stage that writes it again (`dvc repro -f`), it makes only this shard"
+        )
+    if (found := path.stat().st_size) != size:
+        raise StoreError(
+            f"{path} has {found} bytes and was committed with {size}; run the stage that writes it again (`dvc repro -f`)"
+        )
 
 
 def open_arrays(kind: str, key: str, arrays: dict[str, str], verify: bool = False) -> Store:
@@ -113,14 +128,15 @@ def open_arrays(kind: str, key: str, arrays: dict[str, str], verify: bool = Fals
     Raises:
         StoreError: the store is not there, unfinished, or not the one that was meant.
     """
-    directory = store_path(kind, key)
-    if not (directory / "zarr.json").exists():
+    directory = _any_root() / kind / key
+    if isinstance(directory, Path) and not (directory / "zarr.json").exists():
         stage = "prepare" if kind == "waves" else "extract"
         raise StoreError(
             f"the store {kind}/{key} is not under {store_root()}; make it with `dvc repro -f {stage}`, "
             "or set DECANT_STORE to where it is"
         )
-    store, journal = Store(directory, tuple(arrays), verify), Journal(directory)
+    store = Store(directory, tuple(arrays), verify)
+    journal = Journal(directory, journal_limit(store.rows, store.grid.shard_rows))
     if (store.kind, store.key) != (kind, key):
         raise StoreError(
             f"{directory} says it is {store.kind}/{store.key}: a store was copied over another; extract again"

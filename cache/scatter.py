@@ -79,11 +79,11 @@ def read_rows(reads: Reads, chunk_rows: int, row_bytes: int) -> dict[int, int | 
     return failed
 
 
-class _Memory:
-    """Bytes at an address, as an array that cannot be written: google_crc32c takes nothing that could change under it."""
+class Memory:
+    """Bytes at an address, for `np.asarray`; read-only where google_crc32c looks: it takes nothing that could change."""
 
-    def __init__(self, address: int, size: int) -> None:
-        self.__array_interface__ = {"data": (address, True), "shape": (size,), "typestr": "|u1", "version": 3}
+    def __init__(self, address: int, size: int, writable: bool = False) -> None:
+        self.__array_interface__ = {"data": (address, not writable), "shape": (size,), "typestr": "|u1", "version": 3}
 
 
 def read_checked(reads: Reads, chunk_rows: int, row_bytes: int) -> dict[int, int | None]:
@@ -105,7 +105,7 @@ def read_checked(reads: Reads, chunk_rows: int, row_bytes: int) -> dict[int, int
     aside = scratch.ctypes.data
     scratch.flags.writeable = False
     base = int(reads.target.min())
-    memory = np.asarray(_Memory(base, int((reads.target + reads.num_rows * row_bytes).max()) - base))
+    memory = np.asarray(Memory(base, int((reads.target + reads.num_rows * row_bytes).max()) - base))
     value = google_crc32c.value
     first, inside = np.divmod(reads.row, chunk_rows)
     offset = reads.first_chunk + first * stride

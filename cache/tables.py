@@ -7,15 +7,16 @@ may differ in the last bit, and frames must be decoded with what they were encod
 """
 
 import math
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 import xxhash
 
 from cache.codecs import Tables
 from cache.errors import StoreError
+from cache.places import bytes_of
 from cache.publish import read_json
-from cache.zarrshard import CRC_BYTES, ArraySpec, column_metadata, column_path, read_column, write_column
+from cache.zarrshard import CRC_BYTES, ArraySpec, Place, column_metadata, column_path, read_column, write_column
 
 MAX_JSON_BYTES = 2**16
 TABLE_TYPE = "float32"
@@ -26,7 +27,7 @@ def table_names(spec: ArraySpec) -> dict[str, str]:
     return {table: f"{spec.name}.{table}" for table in spec.coding.tables}
 
 
-def table_path(store: Path, spec: ArraySpec, table: str) -> Path:
+def table_path(store: Place, spec: ArraySpec, table: str) -> Place:
     """The file that holds a table."""
     return column_path(store / table_names(spec)[table], len(table_shape(spec, table)))
 
@@ -55,18 +56,22 @@ def write_tables(store: Path, spec: ArraySpec, tables: Tables) -> dict[str, tupl
     return describe_tables(store, spec)
 
 
-def describe_tables(store: Path, spec: ArraySpec) -> dict[str, tuple[int, str]]:
+def describe_tables(store: PurePath, spec: ArraySpec) -> dict[str, tuple[int, str]]:
     """(bytes, xxh3-128) of the file of each table that is there, by the name of its array."""
     described = {}
     for table, name in table_names(spec).items():
-        path = table_path(store, spec, table)
-        if path.is_file() and path.stat().st_size == _table_bytes(spec, table):  # others are as good as missing
-            data = path.read_bytes()
+        path, size = table_path(store, spec, table), _table_bytes(spec, table)
+        if _may_be_read(path, size) and (data := bytes_of(path, size)) is not None:
             described[name] = len(data), xxhash.xxh3_128_hexdigest(data)
     return described
 
 
-def read_tables(store: Path, spec: ArraySpec) -> Tables:
+def _may_be_read(path: PurePath, size: int) -> bool:
+    """Whether a local file has its size; one of another is as good as missing. What a server sends is limited instead."""
+    return not isinstance(path, Path) or (path.is_file() and path.stat().st_size == size)
+
+
+def read_tables(store: PurePath, spec: ArraySpec) -> Tables:
     """The tables of a layer.
 
     Raises:
@@ -76,11 +81,14 @@ def read_tables(store: Path, spec: ArraySpec) -> Tables:
     for table, name in table_names(spec).items():
         shape = table_shape(spec, table)
         check_table(store, spec, table)
-        tables[table] = read_column(store / name, "<f4", len(shape)).astype(np.float32).reshape(shape)
+        values = read_column(store / name, "<f4", len(shape), most=_table_bytes(spec, table))
+        if values.size != math.prod(shape):
+            raise StoreError(f"{store / name} has {values.size} numbers and not {math.prod(shape)}; extract again")
+        tables[table] = values.astype(np.float32).reshape(shape)
     return tables
 
 
-def check_table(store: Path, spec: ArraySpec, table: str) -> None:
+def check_table(store: PurePath, spec: ArraySpec, table: str) -> None:
     """Refuse a table whose zarr.json or size is not what this layer's must be, before it is read.
 
     Raises:
@@ -89,7 +97,6 @@ def check_table(store: Path, spec: ArraySpec, table: str) -> None:
     shape, place = table_shape(spec, table), store / table_names(spec)[table]
     if read_json(place / "zarr.json", MAX_JSON_BYTES) != column_metadata(shape, TABLE_TYPE):
         raise StoreError(f"{place}/zarr.json is not that of a {shape} table of {TABLE_TYPE}; extract again")
-    file = table_path(store, spec, table)
-    want = _table_bytes(spec, table)
-    if not file.exists() or file.stat().st_size != want:
+    file, want = table_path(store, spec, table), _table_bytes(spec, table)
+    if not _may_be_read(file, want):
         raise StoreError(f"{file} is missing or has not {want} bytes; extract again")

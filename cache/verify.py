@@ -17,8 +17,9 @@ import xxhash
 
 from cache.errors import DecantError, StoreError
 from cache.header import FORMAT, check_array
+from cache.local import first_chunk
 from cache.publish import read_json
-from cache.ragged import Store, first_chunk
+from cache.ragged import Store
 from cache.receipts import array_digest, files_of, store_key, store_path
 from cache.tables import check_table, describe_tables, table_names, table_path
 from cache.writer import JOURNAL

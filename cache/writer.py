@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from io import FileIO
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,8 @@ from jaxtyping import Int16, Int64, Shaped
 
 from cache.codecs import Tables
 from cache.errors import DataError, ResourceError, StoreError
-from cache.header import check_array, read_header, write_header
+from cache.header import JOURNAL, check_array, read_header, write_header
+from cache.places import bytes_of, local
 from cache.plan import StorePlan, plan_rows
 from cache.process import exclusive
 from cache.publish import fsync, named_io_errors, publish_file, write_json
@@ -27,7 +28,6 @@ from cache.scatter import start_flush
 from cache.tables import describe_tables, read_tables, table_names, tables_bytes, write_tables
 from cache.zarrshard import ArraySpec, Grid, array_metadata, encode_shard, shard_bytes, shard_path
 
-JOURNAL = "journal.jsonl"
 WAVE_GRID = Grid(chunk_rows=16_384, shard_rows=2**24)  # 32 KiB and 32 MiB: 17 minutes of speech a file
 PIECES_AT_ONCE = 64  # of a shard, in one call to the kernel: 32 chunks and their checksums
 FLUSH_BYTES = 8 * 2**20  # what the disk is told to start on while more comes
@@ -36,10 +36,11 @@ FLUSH_BYTES = 8 * 2**20  # what the disk is told to start on while more comes
 class Journal:
     """Committed shards: (array, shard) -> (bytes, xxh3-128)."""
 
-    def __init__(self, store: Path) -> None:
+    def __init__(self, store: PurePath, most: int | None = None) -> None:
+        """Read what there is; behind a URL no more than `most` bytes."""
         self.path = store / JOURNAL
         self.rows: dict[tuple[str, int], tuple[int, str]] = {}
-        data = self.path.read_bytes() if self.path.exists() else b""
+        data = bytes_of(self.path, most) or b""
         self.whole_bytes = data.rfind(b"\n") + 1  # after kill -9 the last line may be torn: it does not count
         for number, line in enumerate(data[: self.whole_bytes].splitlines(), 1):
             try:
@@ -54,7 +55,8 @@ class Journal:
     def append(self, array: str, shard: int, size: int, digest: str) -> None:
         """Record a shard; it counts once the line is on the disk."""
         line = journal_line(array, shard, size, digest)
-        with named_io_errors(self.path), open(self.path, "ab") as file:
+        path = local(self.path, "writing")
+        with named_io_errors(path), open(path, "ab") as file:
             if file.tell() != self.whole_bytes:
                 file.truncate(self.whole_bytes)
             file.write(line)
@@ -68,7 +70,7 @@ class Journal:
         if rows == self.rows:
             return
         lines = [journal_line(*place, *row) for place, row in rows.items()]
-        with publish_file(self.path) as partial:
+        with publish_file(local(self.path, "writing")) as partial:
             partial.write_bytes(b"".join(lines))
         self.rows, self.whole_bytes = dict(rows), sum(map(len, lines))
 

@@ -9,8 +9,8 @@ import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath
+from typing import Any, TypeVar
 
 import google_crc32c
 import numpy as np
@@ -18,9 +18,12 @@ from jaxtyping import Shaped, UInt64
 
 from cache.codecs import CODECS, Codec
 from cache.errors import StoreError
+from cache.places import bytes_of
 from cache.publish import publish_file, write_json
 
+Place = TypeVar("Place", bound=PurePath)
 CRC_BYTES = 4
+MAX_COLUMN_BYTES = 2**40
 NO_CHUNK = 2**64 - 1  # the mark of an absent chunk in a shard's index (Zarr v3, sharding codec)
 
 
@@ -106,7 +109,7 @@ def encode_shard(rows: Shaped[np.ndarray, "R ..."], spec: ArraySpec, grid: Grid)
     yield crc32c(index)
 
 
-def decode_index(data: bytes, grid: Grid, where: Path) -> UInt64[np.ndarray, "N 2"]:
+def decode_index(data: bytes, grid: Grid, where: object) -> UInt64[np.ndarray, "N 2"]:
     """Offset and size of each chunk of a shard, from the last bytes of its file.
 
     Raises:
@@ -141,7 +144,7 @@ def array_metadata(spec: ArraySpec, grid: Grid, num_rows: int) -> dict[str, Any]
     }
 
 
-def shard_path(store: Path, spec: ArraySpec, shard: int) -> Path:
+def shard_path(store: Place, spec: ArraySpec, shard: int) -> Place:
     """The file of one shard: Zarr's default chunk keys."""
     return store / spec.name / "c" / (str(shard) if spec.width is None else f"{shard}/0")
 
@@ -177,27 +180,23 @@ def column_metadata(shape: tuple[int, ...], dtype: str) -> dict[str, Any]:
     }
 
 
-def column_path(directory: Path, ndim: int = 1) -> Path:
+def column_path(directory: Place, ndim: int = 1) -> Place:
     """The one chunk of a small array."""
     return directory.joinpath("c", *["0"] * ndim)
 
 
-def read_column(directory: Path, dtype: str, ndim: int = 1) -> Shaped[np.ndarray, " N"]:
-    """Read what `write_column` wrote, flat.
+def read_column(
+    directory: PurePath, dtype: str, ndim: int = 1, most: int = MAX_COLUMN_BYTES
+) -> Shaped[np.ndarray, " N"]:
+    """Read what `write_column` wrote, flat; it cannot be written to.
 
     Raises:
-        StoreError: missing or damaged.
+        StoreError: missing, damaged, or more than `most` bytes.
     """
-    path = column_path(directory, ndim)
-    try:
-        data = np.fromfile(path, dtype=np.uint8)
-    except FileNotFoundError:
-        raise StoreError(f"{directory} is missing from the store; delete the store and extract again") from None
-    except MemoryError:
-        raise StoreError(
-            f"{directory} has {path.stat().st_size:,} bytes, more than there is memory; make it again"
-        ) from None
-    body = data[:-CRC_BYTES]
-    if crc32c(body) != data[-CRC_BYTES:].tobytes():
+    data = bytes_of(column_path(directory, ndim), most + CRC_BYTES)
+    if data is None:
+        raise StoreError(f"{directory} is missing from the store; delete the store and extract again")
+    body = memoryview(data)[:-CRC_BYTES]
+    if crc32c(body) != data[-CRC_BYTES:] or len(body) % np.dtype(dtype).itemsize:
         raise StoreError(f"{directory} is damaged; delete the store and extract again")
-    return body.view(dtype)
+    return np.frombuffer(body, dtype=dtype)

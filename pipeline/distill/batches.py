@@ -54,7 +54,7 @@ class BatchReader:
                 if at is None or int(store.rows[at]) != want:
                     got = "nothing" if at is None else f"{int(store.rows[at])} {unit}"
                     raise DataError(
-                        f"{u.id}: the manifest says {want} {unit} but {store.directory} has {got}; "
+                        f"{u.id}: the manifest says {want} {unit} but {store.place} has {got}; "
                         "bring them in step with `dvc repro`"
                     )
                 places.append(at)
