@@ -101,26 +101,35 @@ def measure(corpus: Corpus, names: list[str], timed: Timed, rounds: int, batches
     return rates
 
 
-def in_this_process(contenders: Contenders) -> Timed:
+def in_this_process(contenders: Contenders, forget: bool = False) -> Timed:
+    """Time a contender here; afterwards let nothing stay mapped, if a page cache is to be emptied."""
+
     def timed(name: str, batches: list[list[int]]) -> float:
         read = contenders.reads[name]
         began = time.perf_counter()
         for batch in batches:
             read(batch)
         seconds = time.perf_counter() - began
+        if forget:
+            contenders.forget()
         return seconds
 
     return timed
 
 
-def in_workers(workers: list[Child]) -> Timed:
+def in_workers(workers: list[Child], forget: bool = False) -> Timed:
+    """Time a contender in processes that each read their share of the batches at the same time."""
+
     def timed(name: str, batches: list[list[int]]) -> float:
         began = time.perf_counter()
         for number, worker in enumerate(workers):
-            worker.send((name, batches[number :: len(workers)]))
+            worker.send((name, batches[number :: len(workers)], forget))
         for worker in workers:
-            worker.recv()
-        return time.perf_counter() - began
+            assert worker.recv() == "done"
+        seconds = time.perf_counter() - began
+        for worker in workers:
+            assert worker.recv() == "ready"
+        return seconds
 
     return timed
 
@@ -217,23 +226,14 @@ def run(place: Path, utterances: int, rounds: int, batches: int) -> tuple[int, d
         "beside Python": measure_beside(corpus, contenders, rounds, batches),
     }
     contenders.forget()
+    there, here = in_workers(workers, forget=True), in_this_process(contenders, forget=True)
+    there("memmap", [corpus.draw(np.random.default_rng(SEED))] * 2)  # lets go of what the workers mapped when warm
     found["cold, two workers"] = measure(corpus, TABLE, there, 5, 1, 2, cold=True)
-    found["cold, one process"] = measure(corpus, TABLE + DEEP, fresh(contenders), 5, 1, 1, cold=True)
+    found["cold, one process"] = measure(corpus, TABLE + DEEP, here, 5, 1, 1, cold=True)
     for worker in workers:
         worker.kill()
     found["write"] = measure_writes(corpus, rounds)
     return corpus.size, found
-
-
-def fresh(contenders: Contenders) -> Timed:
-    """Like `in_this_process`, and nothing stays mapped."""
-
-    def timed(name: str, batches: list[list[int]]) -> float:
-        seconds = in_this_process(contenders)(name, batches)
-        contenders.forget()
-        return seconds
-
-    return timed
 
 
 def promises(found: dict[str, Rates]) -> list[tuple[str, float, float]]:

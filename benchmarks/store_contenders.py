@@ -141,15 +141,17 @@ def void(_: object) -> None:
 
 
 def serve(line: Line, corpus: Corpus) -> None:
-    """A worker process: (contender, batches) in, "done" out."""
+    """A worker process: (contender, batches, whether nothing may stay mapped) in, "done" and "ready" out."""
     contenders = Contenders(corpus)
     line.send("up")
     while True:
-        name, batches = line.recv()
+        name, batches, forget = line.recv()
         for batch in batches:
             contenders.reads[name](batch)
-        contenders.forget()
         line.send("done")
+        if forget:
+            contenders.forget()
+        line.send("ready")
 
 
 class GatherInto:

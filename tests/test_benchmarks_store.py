@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 CODE = """
 import sys
 from pathlib import Path
@@ -26,12 +28,13 @@ with Ring(GatherInto(corpus), [batch], contenders.out.nbytes, 2) as ring:
 worker = Child(serve, (corpus,), [], "worker")
 assert worker.recv() == "up"
 for name in contenders.reads:
-    worker.send((name, [batch]))
-    assert worker.recv() == "done"
+    worker.send((name, [batch], True))
+    assert [worker.recv(), worker.recv()] == ["done", "ready"]
 print(*contenders.reads, sep=", ")
 """
 
 
+@pytest.mark.slow
 def test_all_that_are_compared_bring_the_same_bytes(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", CODE, str(tmp_path)],
