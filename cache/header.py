@@ -252,7 +252,8 @@ def check_array(directory: PurePath, spec: ArraySpec, grid: Grid, num_rows: int)
         raise StoreError(f"{path} is {brief(got)}, which is no Zarr array's; {REMEDY}")
     for key in sorted(set(want) | set(got)):
         if _text(want.get(key)) != _text(got.get(key)):
-            raise StoreError(f"{path}: {key} is {brief(got.get(key))}, expected {brief(want.get(key))}")
+            name = key if key in want else brief(key)
+            raise StoreError(f"{path}: {name} is {brief(got.get(key))}, expected {brief(want.get(key))}")
 
 
 def _text(value: Any) -> str:

@@ -444,7 +444,7 @@ def test_the_commands_that_look_after_stores_say_that_they_need_a_folder(server,
 
 
 def test_the_tables_of_a_codec_are_read_and_compared_with_the_receipt(server, monkeypatch):
-    from tests.test_cache_foreign import build_int8
+    from tests.foreign_fixtures import build_int8
 
     place = build_int8()
     receipt, wanted = make_receipt(place, LAYERS), Store(place).tables(LAYER)
