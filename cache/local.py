@@ -22,10 +22,8 @@ MAX_OPEN_SHARDS = 512  # file handles a reader keeps from one call to the next
 class LocalShards:
     """The shards of every array of one store, opened when they are first needed."""
 
-    def __init__(
-        self, directory: Path, spec: Callable[[str], ArraySpec], grid: Grid, plan: StorePlan, verify: bool
-    ) -> None:
-        self.directory, self.spec, self.grid, self.plan, self.verify = directory, spec, grid, plan, verify
+    def __init__(self, directory: Path, spec: Callable[[str], ArraySpec], grid: Grid, plan: StorePlan) -> None:
+        self.directory, self.spec, self.grid, self.plan = directory, spec, grid, plan
         self._row_bytes = spec("").row_bytes
         self._open: dict[tuple[str, int], int] = {}  # (array, shard) -> handle, oldest first
         self._tables: dict[str, Int64[np.ndarray, "2 N"]] = {}
@@ -38,6 +36,7 @@ class LocalShards:
         count: Int64[np.ndarray, " B"],
         address: int,
         strides: tuple[int, int],
+        verify: bool,
     ) -> None:
         """Copy `count` rows from `row` of `shard` on of each array, to B x L places in memory.
 
@@ -54,7 +53,7 @@ class LocalShards:
             num_rows=count.repeat(L),
             target=(address + strides[0] * np.arange(len(shard))[:, None] + strides[1] * np.arange(L)).ravel(),
         )
-        read = read_checked if self.verify else read_rows
+        read = read_checked if verify else read_rows
         for number, chunk in read(reads, self.grid.chunk_rows, self._row_bytes).items():
             where = shard_path(self.directory, self.spec(arrays[number % L]), int(shard[number // L]))
             what = "it is cut short" if chunk is None else f"chunk {chunk} is damaged (its checksum differs)"

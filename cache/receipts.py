@@ -122,7 +122,7 @@ def _check_file(path: Path, size: int) -> None:
         )
 
 
-def open_arrays(kind: str, key: str, arrays: dict[str, str], verify: bool = False) -> Store:
+def open_arrays(kind: str, key: str, arrays: dict[str, str], verify: bool | float = False) -> Store:
     """Open a store of which these arrays, by name and digest, are wanted.
 
     Raises:
@@ -151,7 +151,7 @@ def open_arrays(kind: str, key: str, arrays: dict[str, str], verify: bool = Fals
     return store
 
 
-def open_receipt(receipt: Path | dict[str, Any], verify: bool = False) -> Store:
+def open_receipt(receipt: Path | dict[str, Any], verify: bool | float = False) -> Store:
     """Open the store that a receipt describes, with all arrays it names.
 
     Raises:

@@ -45,10 +45,8 @@ class _Piece(NamedTuple):
 class RemoteShards:
     """The shards of every array of one store."""
 
-    def __init__(
-        self, place: RemotePath, spec: Callable[[str], ArraySpec], grid: Grid, plan: StorePlan, verify: bool
-    ) -> None:
-        self.place, self.spec, self.grid, self.plan, self.verify = place, spec, grid, plan, verify
+    def __init__(self, place: RemotePath, spec: Callable[[str], ArraySpec], grid: Grid, plan: StorePlan) -> None:
+        self.place, self.spec, self.grid, self.plan = place, spec, grid, plan
         self._row_bytes = spec("").row_bytes
         self._first: dict[str, Int64[np.ndarray, " N"]] = {}  # offset of the first chunk of each shard; -1: not known
 
@@ -84,6 +82,7 @@ class RemoteShards:
         count: Int64[np.ndarray, " B"],
         address: int,
         strides: tuple[int, int],
+        verify: bool,
     ) -> None:
         """Copy `count` rows from `row` of `shard` on of each array, to B x L places in memory."""
         first = self.open(arrays, shard)
@@ -95,6 +94,7 @@ class RemoteShards:
                 int(row[b]),
                 int(count[b]),
                 address + a * strides[1] + b * strides[0],
+                verify,
             )
             for a, array in enumerate(arrays)
             for b in range(len(shard))
@@ -112,13 +112,14 @@ class RemoteShards:
                     piece,
                     block[piece.start - begin : piece.end - begin],
                     memory[at : at + piece.rows * self._row_bytes],
+                    verify,
                 )
 
-    def _piece(self, array: str, shard: int, first: int, row: int, rows: int, target: int) -> _Piece:
+    def _piece(self, array: str, shard: int, first: int, row: int, rows: int, target: int, verify: bool) -> _Piece:
         stride = self.grid.chunk_rows * self._row_bytes + CRC_BYTES
         chunk, inside = divmod(row, self.grid.chunk_rows)
         last, end = divmod(row + rows - 1, self.grid.chunk_rows)
-        if self.verify:  # whole chunks, each with its checksum
+        if verify:  # whole chunks, each with its checksum
             span = first + chunk * stride, first + (last + 1) * stride
         else:
             span = (
@@ -127,14 +128,16 @@ class RemoteShards:
             )
         return _Piece(array, shard, *span, chunk, inside, rows, target)
 
-    def _copy(self, piece: _Piece, source: UInt8[np.ndarray, " N"], target: UInt8[np.ndarray, " M"]) -> None:
+    def _copy(
+        self, piece: _Piece, source: UInt8[np.ndarray, " N"], target: UInt8[np.ndarray, " M"], verify: bool
+    ) -> None:
         """Chunk by chunk, without what lies between them."""
         chunk_rows, row_bytes = self.grid.chunk_rows, self._row_bytes
         stride = chunk_rows * row_bytes + CRC_BYTES
         chunk, skip, at, done = piece.chunk, piece.inside * row_bytes, 0, 0
         while done < len(target):
             num = min(chunk_rows * row_bytes - skip, len(target) - done)
-            if self.verify:
+            if verify:
                 if google_crc32c.value(source[at : at + stride]) != WHOLE:
                     url = self._url(piece.array, piece.shard)
                     raise StoreError(f"{url}: chunk {chunk} is damaged (its checksum differs); {REMEDY}")

@@ -19,6 +19,7 @@ def main(
     params: Annotated[Path, typer.Option(help="Settings.")] = Path("params.yaml"),
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto.")] = "auto",
     readers: Annotated[int, typer.Option(min=1, help="Processes that read ahead.")] = 1,
+    verify: Annotated[float, typer.Option(min=0, max=1, help="Share of reads whose checksums are compared.")] = 1.0,
 ) -> None:
     """Train a student from stored targets; a killed run goes on where its last state was saved."""
     from cache.errors import SettingsError
@@ -32,7 +33,7 @@ def main(
     from stages._progress import progress
 
     settings: StudentParams = read_params(f"students.{name}", StudentParams, params)
-    chosen, utterances, store = read_targets(targets), read_manifest(manifest), open_receipt(waves)
+    chosen, utterances, store = read_targets(targets), read_manifest(manifest), open_receipt(waves, verify)
     place = choose_device(device)
 
     def say(line: str) -> None:
@@ -43,7 +44,7 @@ def main(
     try:
         start = open_init(chosen, settings.init, init)
         with progress(f"distill {name}", total=settings.train.steps, unit="steps") as tick:
-            metrics = distil(settings, chosen, utterances, store, start, out, place, tick, say, readers)
+            metrics = distil(settings, chosen, utterances, store, start, out, place, tick, say, readers, verify)
     except SettingsError as error:
         raise SettingsError(f"{params}: students.{name}: {error}") from error
     dev = metrics["dev"]

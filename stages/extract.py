@@ -37,7 +37,7 @@ def main(
     what: Keep = read_params(keep, Keep, params)
     utterances = read_manifest(manifest)
     chosen = utterances if what.select == "all" else utterances.labelled()
-    store = open_receipt(waves)
+    store = open_receipt(waves, verify=True)
     place = choose_device(device)
     upstream = open_model(model, place)
     with progress(f"extract {name}", total=float(chosen.samples.sum()) / RATE_HZ, unit="audio-s") as tick:

@@ -39,7 +39,7 @@ def main(
     splits = labelled_splits(utterances, row)
     receipt = read_json(features)
     with progress(f"probe {model} on {task}", total=float(len(splits.ids)), unit="utterances") as tick:
-        store, layers = open_receipt(receipt), sorted(receipt["arrays"])
+        store, layers = open_receipt(receipt, verify=True), sorted(receipt["arrays"])
         pooled = pool(store, layers, utterances, splits.ids, settings.normalise_layers, on_pooled=tick)
     score = probe(pooled, splits, settings, torch.device(choose_device(device)))
     described = receipt["fingerprint"]["model"]

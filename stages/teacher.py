@@ -34,7 +34,7 @@ def main(
     source: Folder | Hub | PretrainParams = read_params(f"teachers.{name}.source", Source, params)
     settings = TeacherParams(source=source, normalise=read_params(f"teachers.{name}.normalise", bool | None, params))
     if isinstance(source, PretrainParams) and manifest is not None and waves is not None:
-        corpus = Corpus(read_manifest(manifest), open_receipt(waves))
+        corpus = Corpus(read_manifest(manifest), open_receipt(waves, verify=True))
         with progress(f"pretrain {name}", total=audio_seconds(source), unit="audio-s") as tick:
             pinned = materialise(settings, out, corpus, tick)
     else:

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import random
 import shutil
 import signal
 import subprocess
@@ -208,6 +209,25 @@ def test_a_flipped_bit_is_found_before_a_number_is_returned(receipt, kind):
     damage(kind, store.directory / "layer-00" / "c" / "0" / "0", store.directory)
     with pytest.raises(StoreError, match=r"layer-00/c/0/0: (chunk 0 is damaged|the shard's index is damaged)"):
         open_receipt(receipt, verify=True).read("layer-00", 0)
+
+
+def test_sampled_verification_looks_at_its_share_of_the_reads(receipt, monkeypatch):
+    store = open_receipt(receipt)
+    damage("payload", store.directory / "layer-00" / "c" / "0" / "0", store.directory)
+
+    def found(share):
+        sampling, count = open_receipt(receipt, verify=share), 0
+        for _ in range(400):
+            try:
+                sampling.read("layer-00", 0)
+            except StoreError:
+                count += 1
+        return count
+
+    monkeypatch.setattr(random, "random", random.Random(0).random)
+    assert (found(0.0), found(1.0), found(True)) == (0, 400, 400)
+    assert 10 < found(0.1) < 80
+    assert pickle.loads(pickle.dumps(open_receipt(receipt, verify=0.25))).verify == 0.25
 
 
 def test_flipped_metadata_journal_column_or_receipt_is_refused(receipt):

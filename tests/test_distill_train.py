@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from cache.errors import DataError, DecantError, ResourceError, SettingsError
+from cache.errors import DataError, DecantError, ResourceError, SettingsError, StoreError
 from cache.process import exclusive
 from cache.publish import read_json, write_json
 from cache.receipts import open_receipt
@@ -283,6 +283,16 @@ def test_targets_that_are_no_numbers_stop_the_run_with_the_batch_kept(world, mon
     assert "utt-07" in read_json(dump / "batch.json")["ids"]
     assert torch.isnan(load_file(dump / "batch.safetensors")["targets"]).sum() == 1
     assert not (world.root / "models/distil").exists()
+
+
+def test_a_bit_that_flipped_in_a_target_stops_the_run_before_it_is_learned(world):
+    targets = targets_of(world)
+    shard = next((world.root / "store/features" / targets.key / "layer-01").glob("c/0/0"))
+    data = bytearray(shard.read_bytes())
+    data[40] ^= 4
+    shard.write_bytes(data)
+    with pytest.raises(StoreError, match=r"layer-01/c/0/0: chunk 0 is damaged"):
+        train(world)
 
 
 def test_a_diverging_run_stops_and_keeps_its_last_good_state(world):

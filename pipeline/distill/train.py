@@ -49,6 +49,7 @@ def distil(
     tick: Tick,
     say: Say,
     readers: int = 1,
+    verify: float = 1.0,
 ) -> dict[str, Any]:
     """Train a student and publish it; gives its metrics.
 
@@ -63,6 +64,7 @@ def distil(
         tick: told each step, with a note.
         say: told what a person should know.
         readers: processes that read ahead; changes speed, not what is computed.
+        verify: share of reads of the targets whose checksums are compared (`cache.ragged.Store`).
 
     Raises:
         SettingsError: the init does not fit, or an utterance does not fit into a batch.
@@ -82,7 +84,7 @@ def distil(
             "audio": digest_json([[u.id, u.audio, u.split] for u in manifest]),
         }
         splits = {name: manifest.select(split=name) for name in ("train", "dev")}
-        features = _open_features(params, targets, manifest, splits)
+        features = _open_features(params, targets, manifest, splits, verify)
         arrays = list(targets.arrays)
         learner = Learner(params, targets, init, device, Decoder(features, arrays, device))
         splits_read = {n: BatchReader(split, waves, features, arrays) for n, split in splits.items() if len(split)}
@@ -131,7 +133,9 @@ def _discard_other(run: Path, facts: dict[str, Any], device: str, say: Say) -> N
     write_json(run / "run.json", {"facts": facts, "machine": machine})
 
 
-def _open_features(params: StudentParams, targets: Targets, manifest: Manifest, splits: dict[str, Manifest]) -> Store:
+def _open_features(
+    params: StudentParams, targets: Targets, manifest: Manifest, splits: dict[str, Manifest], verify: float
+) -> Store:
     if manifest.audio_digest != targets.audio:
         raise StoreError(
             "the targets were extracted from other audio, or from a selection of it, than this manifest lists; "
@@ -141,7 +145,7 @@ def _open_features(params: StudentParams, targets: Targets, manifest: Manifest, 
         if not len(splits[name]):
             hint = "; set train.validate_every: null to train without" if name == "dev" else ""
             raise DataError(f"the manifest has no utterance of split {name!r}{hint}")
-    return open_targets(targets)
+    return open_targets(targets, verify)
 
 
 def _train(

@@ -172,10 +172,10 @@ def read_targets(path: Path) -> Targets:
     )
 
 
-def open_targets(targets: Targets) -> Store:
+def open_targets(targets: Targets, verify: bool | float = False) -> Store:
     """Open the store for training, after checking that it is complete and the one that was meant.
 
     Raises:
         StoreError: it is not; the message names the stage to run.
     """
-    return open_arrays("features", targets.key, targets.arrays)
+    return open_arrays("features", targets.key, targets.arrays, verify)
