@@ -47,6 +47,8 @@ class Utterance:
     """(symbol, first sample, sample after the last) at 16 kHz."""
     keyword: str | None = None
     emotion: str | None = None
+    pronunciation: str | None = None
+    """Phones in order, apart by spaces, where their times are not known."""
 
     @property
     def num_frames(self) -> int:

@@ -130,6 +130,8 @@ def utterance_of(item: Item, audio: Decoded, digest: str) -> Utterance:
         text=item.text,
         phones=item.phones,
         keyword=item.keyword,
+        emotion=item.emotion,
+        pronunciation=item.pronunciation,
     )
 
 

@@ -26,3 +26,6 @@ class Item:
     phones: tuple[tuple[str, int, int], ...] | None = None
     """(symbol, first sample, sample after the last) at 16 kHz, without gaps."""
     keyword: str | None = None
+    emotion: str | None = None
+    pronunciation: str | None = None
+    """Phones in order, apart by spaces, where their times are not known."""

@@ -7,11 +7,16 @@ from pydantic import Field
 
 from pipeline.corpora.espeak import EspeakParams, count_lines, espeak_items
 from pipeline.corpora.folder import corpus_root, count_recordings
+from pipeline.corpora.iemocap import SESSIONS, IemocapParams, iemocap_items
 from pipeline.corpora.item import Item
 from pipeline.corpora.librispeech import LibriSpeechParams, librispeech_items
+from pipeline.corpora.ravdess import RavdessParams, actor_folders, ravdess_items
 from pipeline.corpora.speech_commands import SpeechCommandsParams, speech_commands_items, word_folders
 
-Source = Annotated[EspeakParams | LibriSpeechParams | SpeechCommandsParams, Field(discriminator="kind")]
+Source = Annotated[
+    EspeakParams | IemocapParams | LibriSpeechParams | RavdessParams | SpeechCommandsParams,
+    Field(discriminator="kind"),
+]
 
 
 def items_of(corpus: str, source: Source, workers: int) -> Iterator[Item]:
@@ -21,6 +26,10 @@ def items_of(corpus: str, source: Source, workers: int) -> Iterator[Item]:
             return espeak_items(corpus, source, workers)
         case LibriSpeechParams():
             return librispeech_items(corpus, source)
+        case IemocapParams():
+            return iemocap_items(corpus, source)
+        case RavdessParams():
+            return ravdess_items(corpus, source)
         case SpeechCommandsParams():
             return speech_commands_items(corpus, source)
 
@@ -33,5 +42,11 @@ def count_of(corpus: str, source: Source) -> int:
         case LibriSpeechParams():
             root = corpus_root(corpus, source.root)
             return sum(count_recordings(root / subset) for subset in source.subsets)
+        case IemocapParams():
+            return sum(
+                count_recordings(corpus_root(corpus, source.root) / session / "sentences") for session in SESSIONS
+            )
+        case RavdessParams():
+            return sum(map(count_recordings, actor_folders(corpus_root(corpus, source.root))))
         case SpeechCommandsParams():
             return sum(map(count_recordings, word_folders(corpus, source)))
