@@ -172,7 +172,9 @@ def trunk_weights(
         if names
     ]
     if problems:
-        raise StoreError(f"{where}: the weights are not the {family} that config.json describes; {'; '.join(problems)}")
+        raise StoreError(
+            f"{where}: the weights are not the {family} that its configuration describes; {'; '.join(problems)}"
+        )
     return dict(sorted(trunk.items()))
 
 

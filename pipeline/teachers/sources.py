@@ -1,16 +1,14 @@
 """Where teachers come from: a tagged setting in, a pinned Hugging Face folder out.
 
-A teacher is a folder on this machine, a repository of the hub at one commit, or one pretrained here. All three end as
-the same folder (`pipeline.teachers.pinned`), so nothing downstream knows which it was.
+A teacher is a folder on this machine, a repository of the hub at one commit, a checkpoint in fairseq's layout, or one
+pretrained here. All end as the same folder (`pipeline.teachers.pinned`), so nothing downstream knows which it was.
 """
 
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal, NamedTuple
 
-import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError  # HTTPError of its client
 from pydantic import BaseModel, Field, field_validator
@@ -18,10 +16,12 @@ from torch import Tensor
 
 from cache.errors import DataError, SettingsError, StoreError
 from cache.manifest import Manifest
-from cache.publish import publish_dir, read_json
+from cache.publish import digest_file, publish_dir, read_json
 from cache.ragged import Store
+from pipeline.teachers.fairseq import Fairseq, read_fairseq
 from pipeline.teachers.pinned import CONFIG, PREPROCESSOR, WEIGHTS, Pinned, pin, read_safetensors
 from pipeline.teachers.pretrain import PretrainParams, pretrain
+from pipeline.teachers.unpickle import read_pickle
 
 INDEX, PICKLE = "model.safetensors.index.json", "pytorch_model.bin"
 SAFE_FILES = [CONFIG, PREPROCESSOR, WEIGHTS, INDEX, "model-*-of-*.safetensors"]
@@ -55,7 +55,7 @@ class Hub(BaseModel, frozen=True, extra="forbid"):
         return value
 
 
-Source = Annotated[Folder | Hub | PretrainParams, Field(discriminator="kind")]
+Source = Annotated[Folder | Hub | Fairseq | PretrainParams, Field(discriminator="kind")]
 
 
 class TeacherParams(BaseModel, frozen=True, extra="forbid"):
@@ -102,6 +102,8 @@ def materialise(
             )
         if isinstance(source, Hub):
             return _pin_folder(fetch(source), work, params, source.model_dump())
+        if isinstance(source, Fairseq):
+            return _pin_checkpoint(source, work, params)
         if corpus is None:
             raise SettingsError("a teacher of kind pretrain needs --manifest and --waves")
         with TemporaryDirectory() as made:
@@ -157,6 +159,19 @@ def _pin_folder(folder: Path, work: Path, params: TeacherParams, record: dict[st
     return pin(work, read_json(folder / CONFIG), read_weights(folder, where), normalise, record, where)
 
 
+def _pin_checkpoint(source: Fairseq, work: Path, params: TeacherParams) -> Pinned:
+    config, weights, published = read_fairseq(source)
+    normalise = params.normalise if params.normalise is not None else published
+    if normalise is None:
+        raise SettingsError(
+            f"{source.path} does not say whether waveforms are normalised; set the teacher's normalise: false (base models) or "
+            "true (large ones)"
+        )
+    path = Path(source.path)
+    record = {"kind": "fairseq", "name": path.name, "sha256": digest_file(path)}
+    return pin(work, config, weights, normalise, record, source.path)
+
+
 def _published_normalise(folder: Path, where: str) -> bool:
     described = read_json(folder / PREPROCESSOR) if (folder / PREPROCESSOR).exists() else {}
     if not isinstance(normalise := described.get("do_normalize"), bool):
@@ -185,12 +200,7 @@ def read_weights(folder: Path, where: str) -> dict[str, Tensor]:
         return {key: tensor for name in names for key, tensor in read_safetensors(folder / name).items()}
     if not (folder / PICKLE).exists():
         raise DataError(f"{where} has neither {WEIGHTS} nor {PICKLE}")
-    remedy = "nothing of it was run; ask its authors for safetensors"
-    try:
-        weights = torch.load(folder / PICKLE, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise StoreError(f"{where}: {PICKLE} is damaged or holds more than tensors ({reason}); {remedy}") from error
+    weights = read_pickle(folder / PICKLE, f"{where}: {PICKLE}")
     if not isinstance(weights, dict) or not all(isinstance(t, Tensor) for t in weights.values()):
-        raise StoreError(f"{where}: {PICKLE} is not a plain state dict; {remedy}")
+        raise StoreError(f"{where}: {PICKLE} is not a plain state dict; ask its authors for safetensors")
     return dict(weights)
