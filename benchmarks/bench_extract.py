@@ -1,0 +1,195 @@
+"""Extraction against the bare forward of the same batches: what reading, encoding and writing cost beside the model.
+
+python benchmarks/bench_extract.py [--quick] [--json FILE]
+
+Two models of random weights: the tiny HuBERT of the embedded default over an hour of noise, all layers kept, and one
+of Base size (95 M parameters) over half a minute, four layers kept; with a CUDA device, Base over twenty minutes. The bare
+forward gets its padded batches from memory, on the device; extraction reads them from the wave store, encodes every kept
+layer, copies it to the host and writes whole shards with checksums, hashes and fsync. Codecs float16 and int8.
+
+A round runs every contender once, in an order drawn anew; a ratio is the median over the rounds of the ratios within
+them. Starting the writer process (a third of a second) is part of extraction.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from bench_store import machine
+from transformers import HubertConfig, HubertModel
+
+from cache.frames import RATE_HZ
+from cache.manifest import Manifest, Utterance
+from cache.ragged import Store
+from cache.receipts import make_receipt, open_receipt, store_key
+from cache.writer import WaveWriter
+from pipeline.calibrate import Calibration
+from pipeline.devices import choose_device
+from pipeline.extract import ExtractParams, Keep, extract
+from pipeline.forward import length_batches
+from pipeline.padding import pad_waves
+from pipeline.teachers.forward import Teacher
+from pipeline.teachers.pinned import Pinned
+from pipeline.upstream import Upstream
+
+BAR = 0.95
+TINY: dict[str, Any] = {
+    "conv_dim": (16, 32, 48, 64, 96, 128, 128),
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 512,
+    "num_conv_pos_embeddings": 32,
+    "num_conv_pos_embedding_groups": 8,
+}
+
+
+def nothing(*_: Any, **__: Any) -> None:
+    """Progress is not shown."""
+
+
+def make_corpus(stores: Path, seconds: float) -> tuple[Manifest, Store]:
+    """Noise in utterances of 1 to 16 s."""
+    rng = np.random.default_rng(0)
+    utterances: list[Utterance] = []
+    with WaveWriter(stores / "waves") as writer:
+        while sum(u.samples for u in utterances) < seconds * RATE_HZ:
+            wave = rng.normal(0, 3_000, int(rng.uniform(1, 16) * RATE_HZ)).astype(np.int16)
+            name, samples = f"noise/{len(utterances):04d}", len(wave)
+            utterances.append(
+                Utterance(
+                    id=name,
+                    corpus="noise",
+                    path=f"{name}.wav",
+                    samples=samples,
+                    rate_hz=RATE_HZ,
+                    file_samples=samples,
+                    file_bytes=2 * samples,
+                    audio=writer.add(name, wave),
+                    split="train",
+                    tasks={},
+                )
+            )
+        manifest = Manifest(tuple(utterances))
+        fingerprint = {"audio": manifest.audio_digest}
+        place = writer.finish(store_key("waves", fingerprint), fingerprint)
+    return manifest, open_receipt(make_receipt(place, ["wave"]))
+
+
+def make_teacher(config: dict[str, Any], device: str) -> Upstream:
+    torch.manual_seed(0)
+    model = HubertModel(HubertConfig(**config, attn_implementation="sdpa"))
+    shape = model.config
+    pinned = Pinned(
+        family="hubert",
+        digest="random",
+        source={"kind": "random"},
+        normalise=False,
+        layers=shape.num_hidden_layers + 1,
+        width=shape.hidden_size,
+        num_params=sum(p.numel() for p in model.parameters()),
+    )
+    return Teacher(model, pinned, torch.device(device))
+
+
+class Contest:
+    """One model over one corpus."""
+
+    def __init__(self, config: dict[str, Any], seconds: float, layers: Any, device: str) -> None:
+        self.seconds, self.device = seconds, device
+        self.manifest, self.waves = make_corpus(Path(os.environ["DECANT_STORE"]), seconds)
+        self.teacher, self.keep = make_teacher(config, device), Keep(layers=layers, select="all")
+        self.params = ExtractParams(
+            version=1,
+            codec="float16",
+            chunk_frames=64,
+            shard_frames=16_384,
+            batch_seconds=30.0 if device == "cpu" else 160.0,
+            calibration=Calibration(seconds=20, seed=0),
+        )
+        self.version = 0
+        self.batches = []
+        for begin in self.shards():
+            for batch in length_batches(self.manifest, begin, self.params.batch_seconds):
+                padded, samples = pad_waves([self.waves.read("wave", self.manifest[u].id) for u in batch])
+                self.batches.append((padded.to(device), samples.to(device)))
+
+    def shards(self) -> list[range]:
+        """Extraction makes batches within shards, so the bare forward gets the same ones."""
+        from cache.frames import frames_of
+        from cache.plan import plan_rows
+
+        plan = plan_rows(frames_of(self.manifest.samples), self.params.shard_frames)
+        return [plan.utterances(shard) for shard in range(plan.num_shards)]
+
+    def bare(self) -> None:
+        with torch.inference_mode():
+            for padded, samples in self.batches:
+                self.teacher.layers(padded, samples)
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+
+    def extraction(self, codec: str) -> None:
+        self.version += 1  # a store of its own
+        params = self.params.model_copy(update={"codec": codec, "version": self.version})
+        extract(self.teacher, self.manifest, self.waves, params, self.keep, self.device, nothing)
+
+    def rounds(self, number: int) -> dict[str, list[float]]:
+        """Audio-seconds per second of each contender."""
+        work = {"bare forward": self.bare}
+        work |= {codec: lambda c=codec: self.extraction(c) for codec in ("float16", "int8")}
+        rates: dict[str, list[float]] = {name: [] for name in work}
+        rng = np.random.default_rng(1)
+        audio = float(self.manifest.samples.sum()) / RATE_HZ
+        for turn in range(number + 1):
+            for place in rng.permutation(len(work)):
+                name = list(work)[place]
+                began = time.perf_counter()
+                work[name]()
+                if turn:  # the first round warms up
+                    rates[name].append(audio / (time.perf_counter() - began))
+        return rates
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="less audio, the tiny model alone")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    options = parser.parse_args()
+    device = choose_device("auto")
+    cuda = device != "cpu"
+    contests: dict[str, tuple[dict[str, Any], float, Any]] = {"tiny": (TINY, 600 if options.quick else 3_600, "all")}
+    if not options.quick:
+        contests["base"] = ({}, 1_200 if cuda else 30, (0, 4, 8, 12))
+    kept: dict[str, Any] = {}
+    short = False
+    print(f"{machine()['cpu']}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {device}")
+    for name, (config, seconds, layers) in contests.items():
+        with tempfile.TemporaryDirectory(prefix="bench-extract-") as folder:
+            os.environ["DECANT_STORE"] = folder
+            rates = Contest(config, seconds, layers, device).rounds(5)
+        kept[name] = {contender: [round(r, 2) for r in runs] for contender, runs in rates.items()}
+        for contender, runs in rates.items():
+            line = f"{name}: {contender}: {statistics.median(runs):,.1f} audio-s/s"
+            if contender != "bare forward":
+                ratio = statistics.median(a / b for a, b in zip(runs, rates["bare forward"], strict=True))
+                line += f", {ratio:.3f} of the bare forward (bar: {BAR}) {'ok' if ratio >= BAR else 'FALLS SHORT'}"
+                short |= ratio < BAR
+            print(line)
+    if options.json:
+        options.json.write_text(
+            json.dumps({"machine": machine(), "device": device, "audio_seconds_per_second": kept}, indent=1) + "\n"
+        )
+    sys.exit(short)
+
+
+if __name__ == "__main__":
+    main()
