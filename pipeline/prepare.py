@@ -19,10 +19,11 @@ from cache.frames import RATE_HZ
 from cache.manifest import SPLITS, Manifest, Utterance
 from cache.publish import write_json
 from cache.receipts import make_receipt, store_key
-from cache.writer import WaveWriter
+from cache.waves import WaveWriter
 from pipeline.audio import AudioParams, Decoded, Quarantine, decode
 from pipeline.corpora.item import Item
-from pipeline.corpora.sources import Source, count_of, items_of
+from pipeline.corpora.sources import Source, count_of, items_of, trials_of
+from pipeline.corpora.trials import Kept, keep_known
 from pipeline.ordered import ordered_map
 
 DECODED_AHEAD = 8  # recordings per thread that wait, decoded, to be written
@@ -55,6 +56,7 @@ class Prepared(NamedTuple):
     manifest: Manifest
     receipt: dict[str, Any]
     quarantined: tuple[Quarantined, ...]
+    trials: Kept
 
 
 def count_recordings_of(params: PrepareParams) -> int:
@@ -90,9 +92,11 @@ def prepare(
         write_json(quarantine, [row._asdict() for row in quarantined])
         refuse_too_many(quarantined, len(first_path), params.max_bad_fraction, quarantine)
         manifest = Manifest(tuple(utterances))
+        asked = (trial for corpus, source in sorted(params.sources.items()) for trial in trials_of(corpus, source))
+        trials = keep_known(asked, manifest.by_id)
         fingerprint = {"audio": manifest.audio_digest}
         place = writer.finish(store_key("waves", fingerprint), fingerprint)
-    return Prepared(manifest, make_receipt(place, ["wave"]), tuple(quarantined))
+    return Prepared(manifest, make_receipt(place, ["wave"]), tuple(quarantined), trials)
 
 
 def decoded(params: PrepareParams) -> Iterator[tuple[Item, Decoded | Quarantine]]:

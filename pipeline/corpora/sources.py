@@ -12,9 +12,11 @@ from pipeline.corpora.item import Item
 from pipeline.corpora.librispeech import LibriSpeechParams, librispeech_items
 from pipeline.corpora.ravdess import RavdessParams, actor_folders, ravdess_items
 from pipeline.corpora.speech_commands import SpeechCommandsParams, speech_commands_items, word_folders
+from pipeline.corpora.trials import Trial
+from pipeline.corpora.voxceleb import VoxCeleb1Params, speaker_folders, voxceleb1_items, voxceleb1_trials
 
 Source = Annotated[
-    EspeakParams | IemocapParams | LibriSpeechParams | RavdessParams | SpeechCommandsParams,
+    EspeakParams | IemocapParams | LibriSpeechParams | RavdessParams | SpeechCommandsParams | VoxCeleb1Params,
     Field(discriminator="kind"),
 ]
 
@@ -30,6 +32,8 @@ def items_of(corpus: str, source: Source, workers: int) -> Iterator[Item]:
             return iemocap_items(corpus, source)
         case RavdessParams():
             return ravdess_items(corpus, source)
+        case VoxCeleb1Params():
+            return voxceleb1_items(corpus, source)
         case SpeechCommandsParams():
             return speech_commands_items(corpus, source)
 
@@ -48,5 +52,16 @@ def count_of(corpus: str, source: Source) -> int:
             )
         case RavdessParams():
             return sum(map(count_recordings, actor_folders(corpus_root(corpus, source.root))))
+        case VoxCeleb1Params():
+            return sum(map(count_recordings, speaker_folders(corpus, corpus_root(corpus, source.root), source)))
         case SpeechCommandsParams():
             return sum(map(count_recordings, word_folders(corpus, source)))
+
+
+def trials_of(corpus: str, source: Source) -> Iterator[Trial]:
+    """The trials of speaker verification that come with a source; of most, none."""
+    match source:
+        case VoxCeleb1Params():
+            return voxceleb1_trials(corpus, source)
+        case _:
+            return iter(())
