@@ -30,7 +30,7 @@ from cache.frames import RATE_HZ
 from cache.manifest import Manifest, Utterance
 from cache.ragged import Store
 from cache.receipts import make_receipt, open_receipt, store_key
-from cache.writer import WaveWriter
+from cache.waves import WaveWriter
 from pipeline.calibrate import Calibration
 from pipeline.devices import choose_device
 from pipeline.extract import ExtractParams, Keep, extract

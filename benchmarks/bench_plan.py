@@ -66,7 +66,7 @@ def plan_features(folder: Path, size: int) -> dict[str, Any]:
 
 def plan_waves(folder: Path, size: int) -> dict[str, Any]:
     from cache.plan import plan_rows
-    from cache.writer import WAVE_GRID
+    from cache.waves import WAVE_GRID
 
     plan = plan_rows(load_samples(folder), WAVE_GRID.shard_rows)
     return {"shards": plan.num_shards, "rows": plan.num_rows}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cache.codecs import FEATURE_CODECS
 from cache.frames import HOP, RATE_HZ
-from cache.writer import WAVE_GRID
+from cache.waves import WAVE_GRID
 from cache.zarrshard import CRC_BYTES, ArraySpec, Grid
 
 RESULT = Path(__file__).parent / "results" / "2026-11-21-plan-2cores.json"

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from cache.errors import ResourceError, SettingsError
+from cache.inventory import find_stores, read_receipt
 from cache.process import exclusive
 from cache.publish import fsync, named_io_errors, partial_of, read_json
-from cache.verify import find_stores, read_receipt
 
 KEY = re.compile("[0-9a-f]{20}")
 

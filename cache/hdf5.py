@@ -32,13 +32,14 @@ from cache.header import (
     split_ids,
     write_header,
 )
+from cache.inventory import arrays_of, is_array_name
+from cache.journal import Journal
 from cache.process import exclusive
 from cache.publish import canonical_json, digest_json, fsync, named_io_errors, partial_of, publish_file, write_json
 from cache.ragged import Store
 from cache.receipts import make_receipt, store_key, store_path
 from cache.tables import table_names, table_shape, write_tables
-from cache.verify import arrays_of, is_array_name
-from cache.writer import Journal, write_shard
+from cache.writer import write_shard
 from cache.zarrshard import CRC_BYTES, ArraySpec, Grid, array_metadata, encode_shard, read_column, shard_path
 
 HDF5_FORMAT = 1

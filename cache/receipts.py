@@ -12,11 +12,11 @@ from typing import Any
 
 from cache.errors import StoreError
 from cache.header import FORMAT, REMEDY, check_array, journal_limit
+from cache.journal import Journal
 from cache.places import RemotePath, local, place_of
 from cache.publish import digest_json, read_json
 from cache.ragged import Store
 from cache.tables import describe_tables, table_names, table_path
-from cache.writer import Journal
 from cache.zarrshard import shard_bytes, shard_path
 
 

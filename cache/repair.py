@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cache.errors import StoreError
+from cache.findings import Finding, Verdict
+from cache.header import JOURNAL
+from cache.journal import journal_line, read_journal
 from cache.process import exclusive
 from cache.publish import fsync, named_io_errors, publish_file, write_json
 from cache.ragged import Store
 from cache.tables import table_names
-from cache.verify import HEADER, Finding, Verdict, read_journal, verify_store
-from cache.writer import JOURNAL, journal_line
+from cache.verify import HEADER, verify_store
 from cache.zarrshard import array_metadata, shard_path
 
 

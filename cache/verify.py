@@ -4,148 +4,27 @@ Fast: names and sizes against the journal and the receipts. Full: also the hash 
 every chunk and the shard's index, a few megabytes at a time. Nothing is changed here; `cache.repair` acts on the findings.
 """
 
-import json
-import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 import xxhash
 
 from cache.errors import DecantError, StoreError
-from cache.header import FORMAT, check_array
+from cache.findings import Finding, Kind, Remark, Verdict
+from cache.header import JOURNAL, check_array
+from cache.inventory import arrays_of, is_array_name, read_receipt
+from cache.journal import JournalText, read_journal
 from cache.local import first_chunk
-from cache.publish import read_json
 from cache.ragged import Store
-from cache.receipts import array_digest, files_of, store_key, store_path
+from cache.receipts import store_key
 from cache.tables import check_table, describe_tables, table_names, table_path
-from cache.writer import JOURNAL
 from cache.zarrshard import CRC_BYTES, ArraySpec, crc32c, decode_index, shard_bytes, shard_path, write_column
 
 BLOCK_BYTES = 2**23  # read at a time
 COLUMNS = ("ids", "id_end", "rows", "start")
 HEADER = "zarr.json"
-
-Kind = Literal["header", "column", "metadata", "table", "journal", "receipt", "missing", "damaged", "swapped", "extra"]
-Remark = Literal["unfinished", "leftover"]  # no damage: what a killed run leaves and the next one clears
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that is not as it should be."""
-
-    kind: Kind | Remark
-    place: str
-    """File, relative to the store; a receipt's own path."""
-    detail: str
-    array: str | None = None
-    shard: int | None = None
-    committed: tuple[int, str] | None = None
-    """What a receipt says the shard is, where the file is just that and the journal is wrong."""
-
-    @property
-    def damage(self) -> bool:
-        """Whether the store must not be used as it is."""
-        return self.kind not in ("unfinished", "leftover")
-
-
-@dataclass
-class Verdict:
-    """What was looked at in one store, and what was found."""
-
-    directory: Path
-    full: bool
-    shards: int = 0
-    bytes: int = 0
-    findings: list[Finding] = field(default_factory=list)
-
-    @property
-    def damage(self) -> list[Finding]:
-        """The findings that are damage."""
-        return [f for f in self.findings if f.damage]
-
-
-@dataclass(frozen=True)
-class JournalText:
-    """A journal read line by line, damaged lines put aside where `cache.writer.Journal` refuses the file."""
-
-    rows: dict[tuple[str, int], tuple[int, str]]
-    damaged: list[int]
-    torn: bool
-
-
-def read_journal(directory: Path) -> JournalText:
-    """The committed shards of a store, and the numbers of the lines that are no record of one."""
-    path = directory / JOURNAL
-    data = path.read_bytes() if path.exists() else b""
-    whole = data.rfind(b"\n") + 1
-    rows: dict[tuple[str, int], tuple[int, str]] = {}
-    damaged = []
-    for number, line in enumerate(data[:whole].split(b"\n")[:-1], 1):
-        try:
-            row = json.loads(line)
-            array, shard, size, digest = row["array"], row["shard"], row["bytes"], row["xxh3"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            damaged.append(number)
-            continue
-        sound = isinstance(array, str) and type(shard) is int and type(size) is int and isinstance(digest, str)
-        if sound and set(row) == {"array", "shard", "bytes", "xxh3"} and re.fullmatch("[0-9a-f]{32}", digest):
-            rows[array, shard] = size, digest
-        else:
-            damaged.append(number)
-    return JournalText(rows, damaged, torn=whole < len(data))
-
-
-def read_receipt(path: Path) -> dict[str, Any]:
-    """A receipt whose own parts agree.
-
-    Raises:
-        StoreError: it is none, or was changed after it was written.
-    """
-    receipt = read_json(path)
-    remedy = "take it from git, or run the stage that writes it (`dvc repro -f`)"
-    if not isinstance(receipt, dict) or not {"kind", "key", "fingerprint", "arrays"} <= set(receipt):
-        raise StoreError(f"{path} is no receipt of a store; {remedy}")
-    if receipt.get("format") != FORMAT:
-        raise StoreError(f"{path}: receipt format {receipt.get('format')!r}, this version reads {FORMAT}; {remedy}")
-    if receipt["key"] != store_key(receipt["kind"], receipt["fingerprint"]):
-        raise StoreError(f"{path} is damaged: its key is not the digest of its fingerprint; {remedy}")
-    try:
-        for name, array in receipt["arrays"].items():
-            if array_digest(array) != array["digest"]:
-                raise StoreError(f"{path} is damaged: {name}.digest is not that of its shards; {remedy}")
-        total = sum(size for a in receipt["arrays"].values() for size, _ in files_of(a))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise StoreError(f"{path} is damaged: its arrays are not a receipt's ({error}); {remedy}") from error
-    if receipt.get("bytes") != total:
-        raise StoreError(f"{path} is damaged: bytes is {receipt.get('bytes')} and its shards sum to {total}; {remedy}")
-    return receipt
-
-
-def arrays_of(store: Store) -> list[str]:
-    """Arrays a store has, told by their folders."""
-    return sorted(p.name for p in store.directory.glob("*") if p.is_dir() and is_array_name(p.name))
-
-
-def is_array_name(array: str) -> bool:
-    """Whether a store may have an array of this name."""
-    return re.fullmatch(r"wave|layer-\d{2,}", array) is not None
-
-
-def is_complete(store: Store) -> bool:
-    """Every shard of every array committed and of the size it was committed with."""
-    journal = read_journal(store.directory)
-    arrays = arrays_of(store)
-    wanted = [(a, s) for a in arrays for s in range(store.plan.num_shards)]
-    return bool(arrays) and all(
-        (row := journal.rows.get((a, s))) is not None
-        and (path := shard_path(store.directory, store.spec(a), s)).exists()
-        and path.stat().st_size == row[0]
-        for a, s in wanted
-    )
 
 
 def verify_store(
@@ -360,22 +239,3 @@ def read_shard(store: Store, spec: ArraySpec, shard: int) -> tuple[str, str]:
     except StoreError as error:
         wrong = wrong or str(error).removeprefix(f"{path}: ")
     return digest.hexdigest(), wrong
-
-
-def find_stores(root: Path) -> list[Path]:
-    """Folders of stores under a store root, the unreadable ones too."""
-    places = [p for kind in ("waves", "features") for p in sorted((root / kind).glob("*"))]
-    return [p for p in places if p.is_dir() and not p.name.startswith(".")]
-
-
-def receipts_by_store(files: Sequence[Path]) -> tuple[dict[Path, list[Path]], list[Finding]]:
-    """Receipt files by the folder of the store each names, and those that name none."""
-    by_store: dict[Path, list[Path]] = {}
-    findings = []
-    for file in files:
-        try:
-            receipt = read_receipt(file)
-            by_store.setdefault(store_path(receipt["kind"], receipt["key"]), []).append(file)
-        except StoreError as error:
-            findings.append(Finding("receipt", str(file), str(error)))
-    return by_store, findings

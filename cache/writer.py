@@ -1,83 +1,33 @@
 """Rows of whole shards in, a growing store out: each shard written beside, flushed, renamed, and only then recorded.
 
-The journal (`journal.jsonl`, one line per committed shard of an array) is the record. What it does not name does not
-exist: after kill -9 a shard is either committed or made again.
+One process writes a store at a time (`cache.process.exclusive`); `cache.writers` lets it have helpers.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from io import FileIO
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
-from jaxtyping import Int16, Int64, Shaped
+from jaxtyping import Int64, Shaped
 
 from cache.codecs import Tables
-from cache.errors import DataError, ResourceError, StoreError
-from cache.header import JOURNAL, check_array, read_header, write_header
-from cache.places import bytes_of, local
+from cache.errors import ResourceError, StoreError
+from cache.header import check_array, read_header, write_header
+from cache.journal import Journal
 from cache.plan import StorePlan, plan_rows
 from cache.process import exclusive
-from cache.publish import fsync, named_io_errors, publish_file, write_json
+from cache.publish import fsync, named_io_errors, write_json
 from cache.scatter import start_flush
 from cache.tables import describe_tables, read_tables, table_names, tables_bytes, write_tables
 from cache.zarrshard import ArraySpec, Grid, array_metadata, encode_shard, shard_bytes, shard_path
 
-WAVE_GRID = Grid(chunk_rows=16_384, shard_rows=2**24)  # 32 KiB and 32 MiB: 17 minutes of speech a file
 PIECES_AT_ONCE = 64  # of a shard, in one call to the kernel: 32 chunks and their checksums
 FLUSH_BYTES = 8 * 2**20  # what the disk is told to start on while more comes
-
-
-class Journal:
-    """Committed shards: (array, shard) -> (bytes, xxh3-128)."""
-
-    def __init__(self, store: PurePath, most: int | None = None) -> None:
-        """Read what there is; behind a URL no more than `most` bytes."""
-        self.path = store / JOURNAL
-        self.rows: dict[tuple[str, int], tuple[int, str]] = {}
-        data = bytes_of(self.path, most) or b""
-        self.whole_bytes = data.rfind(b"\n") + 1  # after kill -9 the last line may be torn: it does not count
-        for number, line in enumerate(data[: self.whole_bytes].splitlines(), 1):
-            try:
-                row = json.loads(line)
-                array, shard, size, digest = row["array"], row["shard"], row["bytes"], row["xxh3"]
-                if (type(array), type(shard), type(size), type(digest)) != (str, int, int, str):
-                    raise TypeError(row)
-                self.rows[array, shard] = size, digest
-            except (ValueError, KeyError, TypeError, RecursionError):
-                raise StoreError(f"{self.path}, line {number} is damaged; delete {store} and extract again") from None
-
-    def append(self, array: str, shard: int, size: int, digest: str) -> None:
-        """Record a shard; it counts once the line is on the disk."""
-        line = journal_line(array, shard, size, digest)
-        path = local(self.path, "writing")
-        with named_io_errors(path), open(path, "ab") as file:
-            if file.tell() != self.whole_bytes:
-                file.truncate(self.whole_bytes)
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
-        self.whole_bytes += len(line)
-        self.rows[array, shard] = size, digest
-
-    def keep_only(self, rows: dict[tuple[str, int], tuple[int, str]]) -> None:
-        """Write the journal anew, in one rename."""
-        if rows == self.rows:
-            return
-        lines = [journal_line(*place, *row) for place, row in rows.items()]
-        with publish_file(local(self.path, "writing")) as partial:
-            partial.write_bytes(b"".join(lines))
-        self.rows, self.whole_bytes = dict(rows), sum(map(len, lines))
-
-
-def journal_line(array: str, shard: int, size: int, digest: str) -> bytes:
-    """How the journal records one committed file."""
-    return json.dumps({"array": array, "shard": shard, "bytes": size, "xxh3": digest}).encode() + b"\n"
 
 
 class StoreWriter:
@@ -225,81 +175,3 @@ def _write_all(file: FileIO, pieces: list[bytes | memoryview]) -> int:
         while rest:
             rest = rest[file.write(rest) :]
     return size
-
-
-class WaveWriter:
-    """Waveforms in manifest order, a wave store out; one shard in memory.
-
-    The store's key is known only when the manifest is, so the store grows in a folder of its own and takes its name in
-    `finish`.
-    """
-
-    def __init__(self, stores: Path) -> None:
-        self.stores = stores
-        self.spec = ArraySpec("wave", None, "int16")
-        self.ids: list[str] = []
-        self.rows: list[int] = []
-        self._shard: list[Int16[np.ndarray, " S"]] = []
-        self._num_shards = 0
-
-    def __enter__(self) -> "WaveWriter":
-        self._lock = ExitStack()
-        self.directory = self.stores / ".partial"
-        with named_io_errors(self.stores):
-            self._lock.enter_context(exclusive(self.stores / "writer.lock"))
-            shutil.rmtree(self.directory, ignore_errors=True)  # what a killed preparation left
-            self.directory.mkdir()
-        self.journal = Journal(self.directory)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        shutil.rmtree(self.directory, ignore_errors=True)  # gone already after `finish`
-        self._lock.close()
-
-    def add(self, utterance_id: str, wave: Int16[np.ndarray, " S"]) -> str:
-        """Append one utterance; gives the xxh3-128 of its samples.
-
-        Raises:
-            DataError: longer than a shard.
-        """
-        if len(wave) > WAVE_GRID.shard_rows:
-            raise DataError(
-                f"{utterance_id} has {len(wave)} samples, more than a shard of {WAVE_GRID.shard_rows}; cut it"
-            )
-        if sum(map(len, self._shard)) + len(wave) > WAVE_GRID.shard_rows:
-            self._flush()
-        self._shard.append(wave)
-        self.ids.append(utterance_id)
-        self.rows.append(len(wave))
-        return xxhash.xxh3_128_hexdigest(wave.tobytes())
-
-    def _flush(self) -> None:
-        data = encode_shard(np.concatenate(self._shard), self.spec, WAVE_GRID)
-        size, digest = write_shard(shard_path(self.directory, self.spec, self._num_shards), data)
-        self.journal.append("wave", self._num_shards, size, digest)
-        self._num_shards += 1
-        self._shard = []
-
-    def finish(self, key: str, fingerprint: dict[str, Any]) -> Path:
-        """Write the last shard and the columns, and give the store its name under `stores`."""
-        self._flush()
-        rows = np.array(self.rows, dtype=np.int64)
-        header = {
-            "kind": "waves",
-            "key": key,
-            "fingerprint": fingerprint,
-            "codec": "int16",
-            "width": None,
-            "chunk_rows": WAVE_GRID.chunk_rows,
-            "shard_rows": WAVE_GRID.shard_rows,
-        }
-        metadata = array_metadata(self.spec, WAVE_GRID, plan_rows(rows, WAVE_GRID.shard_rows).num_rows)
-        write_json(self.directory / "wave" / "zarr.json", metadata)
-        write_header(self.directory, header, self.ids, rows)
-        place = self.stores / key
-        with named_io_errors(place):
-            if place.exists():
-                shutil.rmtree(place)
-            os.replace(self.directory, place)
-            fsync(self.stores)
-        return place

@@ -28,8 +28,8 @@ app.command("plan", short_help="what an extraction will take, before it runs")(c
 @app.command("ls", short_help="the stores there are")
 def list_stores(as_json: Json = False) -> None:
     """One line a store: kind, key, model, utterances, rows, arrays, bytes, complete or not."""
+    from cache.inventory import find_stores
     from cache.receipts import store_root
-    from cache.verify import find_stores
 
     found = [_describe(place) for place in find_stores(store_root())]
     if as_json:
@@ -71,8 +71,9 @@ def verify(
     """Compare stores with their journals and receipts; exit code 4 if anything is damaged."""
     from cache.collect import json_files
     from cache.errors import StoreError
+    from cache.inventory import find_stores, receipts_by_store
     from cache.receipts import store_root
-    from cache.verify import find_stores, receipts_by_store, verify_store
+    from cache.verify import verify_store
 
     by_store, bad = receipts_by_store(json_files(receipts or []))
     places = [_find(s) for s in stores] if stores else sorted({*find_stores(store_root()), *by_store})
@@ -111,8 +112,8 @@ def repair(which: Which, receipts: Receipts = None, as_json: Json = False) -> No
     """Drop exactly the damaged shards of a store (it is read in full); prints the command that makes them again."""
     from cache.collect import json_files
     from cache.errors import StoreError
+    from cache.inventory import receipts_by_store
     from cache.repair import repair_store
-    from cache.verify import receipts_by_store
 
     by_store, _ = receipts_by_store(json_files(receipts or []))
     place = _find(which)
@@ -205,8 +206,8 @@ def _command(done: "Repair", receipts: list[Path]) -> str | None:
 def _find(which: str) -> Path:
     """The folder of a store, by key, by the first letters of one, or by a receipt."""
     from cache.errors import SettingsError
+    from cache.inventory import find_stores, read_receipt
     from cache.receipts import store_path, store_root
-    from cache.verify import find_stores, read_receipt
 
     if which.endswith(".json"):
         receipt = read_receipt(Path(which))
@@ -223,8 +224,9 @@ def _find(which: str) -> Path:
 def _describe(place: Path) -> dict[str, Any]:
     """A row of the listing."""
     from cache.errors import DecantError
+    from cache.inventory import arrays_of, is_complete
+    from cache.journal import read_journal
     from cache.ragged import Store
-    from cache.verify import arrays_of, is_complete, read_journal
 
     row: dict[str, Any] = {"kind": place.parent.name, "key": place.name}
     try:
@@ -243,7 +245,7 @@ def _ticking(title: str, place: Path, show: bool) -> Any:
     """Progress over the bytes of a store's shards, or silence."""
     from contextlib import nullcontext
 
-    from cache.verify import read_journal
+    from cache.journal import read_journal
     from stages._progress import progress
 
     if not show:

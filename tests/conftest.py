@@ -13,7 +13,7 @@ from cache.manifest import Manifest, Utterance, write_manifest
 from cache.publish import write_json
 from cache.ragged import Store
 from cache.receipts import make_receipt, open_receipt, store_key
-from cache.writer import WaveWriter
+from cache.waves import WaveWriter
 
 TINY_HUBERT = {  # sizes of a transformers configuration: odd ones, so that a wrong axis shows
     "conv_dim": (8, 8, 8, 8, 8, 8, 12),

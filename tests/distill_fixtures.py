@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from cache.manifest import Manifest, Utterance, write_manifest
 from cache.publish import write_json
 from cache.receipts import make_receipt, open_receipt, store_key, store_path
-from cache.writer import WaveWriter
+from cache.waves import WaveWriter
 from pipeline.calibrate import Calibration
 from pipeline.extract import ExtractParams, Keep, extract
 from pipeline.student.checkpoint import save_student

@@ -19,9 +19,10 @@ import pytest
 import xxhash
 
 from cache.errors import ResourceError
+from cache.journal import Journal
 from cache.publish import write_json
 from cache.receipts import make_receipt, open_receipt, store_key, store_path
-from cache.writer import Journal, open_writer
+from cache.writer import open_writer
 
 LAYERS = ("layer-00", "layer-04")
 ROWS = [3, 60, 128, 31, 90, 57, 64, 1, 127, 100, 5, 120]
@@ -256,7 +257,8 @@ import os, sys
 from pathlib import Path
 from cache.errors import ResourceError
 from cache.publish import read_json
-from cache.writer import Journal, StoreWriter
+from cache.journal import Journal
+from cache.writer import StoreWriter
 from tests import test_cache_faults as faults
 
 root, what, receipt = Path(sys.argv[1]), sys.argv[2], read_json(Path(sys.argv[3]))

@@ -22,7 +22,8 @@ from cache.plan import plan_rows
 from cache.publish import read_json, write_json
 from cache.ragged import Store
 from cache.receipts import make_receipt, open_receipt, store_key, store_path
-from cache.writer import WaveWriter, open_writer
+from cache.waves import WaveWriter
+from cache.writer import open_writer
 
 LAYERS = ("layer-00", "layer-04")
 

@@ -11,10 +11,11 @@ import pytest
 
 from cache.collect import delete, find_garbage, referenced_keys
 from cache.errors import ResourceError, SettingsError, StoreError
+from cache.inventory import find_stores, is_complete, read_receipt, receipts_by_store
 from cache.publish import read_json, write_json
 from cache.receipts import make_receipt, open_receipt, store_key
 from cache.repair import repair_store
-from cache.verify import find_stores, is_complete, read_receipt, receipts_by_store, verify_store
+from cache.verify import verify_store
 from tests.cache_fixtures import FINGERPRINT, LAYERS, SHARD, build, damage, edit, with_receipt
 
 REPO = Path(__file__).parent.parent

@@ -17,9 +17,10 @@ import pytest
 import xxhash
 
 from cache.errors import ResourceError
+from cache.journal import Journal
 from cache.publish import write_json
 from cache.receipts import make_receipt, open_receipt, store_key, store_path
-from cache.writer import Journal, open_writer
+from cache.writer import open_writer
 from cache.writers import ShardPool
 from tests.test_cache_process import is_running
 

@@ -169,7 +169,7 @@ def test_a_log_mel_frame_lies_on_the_models_grid(logmel):
 
 STOP_AFTER_TWO_COMMITS = """
 import signal, sys
-from cache.writer import Journal
+from cache.journal import Journal
 from stages.extract import app
 append = Journal.append
 def stopping(self, *row):

@@ -17,7 +17,7 @@ from cache.manifest import Manifest, Utterance, write_manifest
 from cache.publish import write_json
 from cache.ragged import Store
 from cache.receipts import make_receipt
-from cache.writer import WaveWriter
+from cache.waves import WaveWriter
 from pipeline.teachers.forward import load_teacher
 from pipeline.teachers.pretrain import MaskedPrediction, PretrainParams, mask_spans, new_model, plan_epoch, pretrain
 from pipeline.teachers.sources import Corpus, TeacherParams, materialise
