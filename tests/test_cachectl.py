@@ -13,6 +13,7 @@ from cache.receipts import make_receipt
 from stages.__main__ import STAGES
 from stages.cachectl import NAMES
 from stages.cachectl import app as cache_app
+from tests import in_process
 from tests.cache_fixtures import LAYERS, SHARD, build, damage, edit, with_receipt
 
 ROOT = Path(__file__).parent.parent
@@ -26,11 +27,7 @@ def place(tmp_path, monkeypatch):
 
 
 def decant(*arguments, cwd=ROOT):
-    """A real process, as a person runs it."""
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "stages", "cache", *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": path}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    return in_process.decant("cache", *arguments, cwd=cwd)
 
 
 def answer(*arguments, code=0, cwd=ROOT):
@@ -83,7 +80,10 @@ def test_ls_and_info_say_what_a_store_is(place, tmp_path):
 
 
 def test_a_key_that_fits_no_store_is_a_wrong_setting(place):
-    done = decant("info", "nothing")
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "stages", "cache", "info", "nothing"]  # as a person runs it
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert decant("info", "nothing") == (done.returncode, done.stdout, done.stderr)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("decant cache info: 'nothing' is no store under")
     assert place.name in done.stderr

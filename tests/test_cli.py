@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from cache.errors import SettingsError
 from stages.__main__ import STAGES
+from tests.in_process import decant
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "torchaudio", "transformers", "numpy", "zarr", "yaml", "sklearn", "matplotlib", "rich")
 
 
-def decant(*arguments, cwd=ROOT, **environment):
+def process(*arguments, cwd=ROOT, **environment):
+    """`decant` as a person runs it."""
     command = [sys.executable, "-m", "stages", *arguments]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
@@ -42,7 +45,7 @@ def test_help_imports_nothing_heavy(arguments):
 
 
 def test_help_lists_every_stage_with_a_sentence():
-    listed = decant("--help").stdout
+    listed = process("--help").stdout
     for stage in STAGES:
         assert any(line.split()[:1] == [stage] and len(line.split()) > 3 for line in listed.splitlines()), stage
 
@@ -108,11 +111,15 @@ def test_a_wrong_option_is_one_line_too(tmp_path):
 
 
 def test_debug_shows_the_trace(tmp_path):
-    quiet, loud = decant("extract", "x", *paths(tmp_path)), decant("extract", "--debug", "x", *paths(tmp_path))
+    arguments = ["extract", "x", *paths(tmp_path)]
+    quiet, loud = process(*arguments), process(*arguments, DECANT_DEBUG="1")
+    assert decant(*arguments) == (quiet.returncode, quiet.stdout, quiet.stderr)  # as the other tests here take it
+    assert (quiet.returncode, loud.returncode) == (2, 1)
     assert "Traceback" not in quiet.stderr
     assert "Traceback" in loud.stderr
     assert "SettingsError" in loud.stderr
-    assert "Traceback" in decant("extract", "x", *paths(tmp_path), DECANT_DEBUG="1").stderr
+    with pytest.raises(SettingsError):
+        decant("extract", "--debug", *arguments[1:])
 
 
 def test_a_place_that_is_no_model_and_a_device_that_is_not_there_are_named(tmp_path, tiny_corpus):
