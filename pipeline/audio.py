@@ -48,7 +48,17 @@ class Quarantine(NamedTuple):
     reason: str
 
 
-def decode(path: Path, params: AudioParams) -> Decoded | Quarantine:
+class Part(NamedTuple):
+    """What of a file is the recording, where it is not the whole."""
+
+    start_sec: float
+    end_sec: float | None
+    """None: to the end of the file."""
+    channel: int | None
+    """From 0; None: as the settings treat all channels."""
+
+
+def decode(path: Path, params: AudioParams, part: Part | None = None) -> Decoded | Quarantine:
     """Read one recording, or say why it is not used."""
     try:
         file_bytes = path.stat().st_size
@@ -57,38 +67,58 @@ def decode(path: Path, params: AudioParams) -> Decoded | Quarantine:
         if fault := wav_fault(path):
             return Quarantine(fault)
         with soundfile.SoundFile(path) as file:
-            if fault := header_fault(file, params):
+            if fault := header_fault(file, params, part):
                 return Quarantine(fault)
+            span = samples_of(part, file)
+            if span.start:
+                file.seek(span.start)
             as_stored = file.subtype == "PCM_16" and file.channels == 1 and file.samplerate == RATE_HZ
-            samples = file.read(dtype="int16" if as_stored else "float64", always_2d=True)  # (S, channels)
-            expected, rate_hz = file.frames, file.samplerate
+            samples = file.read(len(span), dtype="int16" if as_stored else "float64", always_2d=True)  # (S, channels)
+            rate_hz, file_samples = file.samplerate, file.frames
     except soundfile.LibsndfileError as error:
         return Quarantine(f"cannot be decoded: {error.error_string}{looks_like(path)}")
     except FileNotFoundError:
         return Quarantine("the file does not exist")
     except OSError as error:
         return Quarantine(f"cannot be read: {error.strerror}")
-    if len(samples) != expected:
-        return Quarantine(f"damaged: {len(samples)} of the {expected} samples its header promises")
+    if len(samples) != len(span):
+        return Quarantine(f"damaged: {len(samples)} of the {len(span)} samples its header promises")
+    if part is not None and part.channel is not None:
+        samples = samples[:, [part.channel]]
     if not as_stored and not np.isfinite(samples).all():
         return Quarantine(f"{np.count_nonzero(~np.isfinite(samples))} samples are NaN or infinite")
     wave = samples[:, 0] if as_stored else to_int16(resample(to_mono(samples, params), rate_hz, RATE_HZ))
     if len(wave) < FIELD:
         return Quarantine(f"too short: {len(wave)} samples at 16 kHz, one frame needs {FIELD}")
-    return Decoded(np.ascontiguousarray(wave), rate_hz, expected, file_bytes)
+    return Decoded(np.ascontiguousarray(wave), rate_hz, file_samples, file_bytes)
 
 
-def header_fault(file: soundfile.SoundFile, params: AudioParams) -> str | None:
+def samples_of(part: Part | None, file: soundfile.SoundFile) -> range:
+    """The samples of a file that are the recording, at the file's own rate."""
+    if part is None:
+        return range(file.frames)
+    end = file.frames if part.end_sec is None else round(part.end_sec * file.samplerate)
+    return range(round(part.start_sec * file.samplerate), end)
+
+
+def header_fault(file: soundfile.SoundFile, params: AudioParams, part: Part | None) -> str | None:
     """What the header alone forbids."""
     if file.samplerate not in RATES_HZ:
         return f"its rate of {file.samplerate} Hz is outside {RATES_HZ.start} to {RATES_HZ.stop - 1} Hz"
     if file.frames == 0:
         return "the file holds no samples"
-    if file.frames > params.max_sec * file.samplerate:
-        return f"too long: {file.frames / file.samplerate:.1f} s, the setting max_sec is {params.max_sec:g}"
+    span = samples_of(part, file)
+    if not 0 <= span.start < span.stop <= file.frames:
+        start, end, seconds = (samples / file.samplerate for samples in (span.start, span.stop, file.frames))
+        return f"its segment from {start:g} s to {end:g} s is not inside the {seconds:g} s of the file"
+    if len(span) > params.max_sec * file.samplerate:
+        return f"too long: {len(span) / file.samplerate:.1f} s, the setting max_sec is {params.max_sec:g}"
     if file.channels > MAX_CHANNELS:
         return f"{file.channels} channels, at most {MAX_CHANNELS} are read"
-    if file.channels > 1 and params.channels == "refuse":
+    if part is not None and part.channel is not None:
+        if part.channel not in range(file.channels):
+            return f"its channel {part.channel} is not among the {file.channels} of the file, counted from 0"
+    elif file.channels > 1 and params.channels == "refuse":
         return f"{file.channels} channels, and the setting channels is refuse (mean and first are the others)"
     if file.samplerate != RATE_HZ and params.rate == "refuse":
         return f"{file.samplerate} Hz, and the setting rate is refuse (resample is the other)"

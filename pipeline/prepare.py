@@ -103,7 +103,7 @@ def decoded(params: PrepareParams) -> Iterator[tuple[Item, Decoded | Quarantine]
     """Every recording of every source, decoded, in order."""
 
     def load(item: Item) -> tuple[Item, Decoded | Quarantine]:
-        return item, decode(item.audio, params.audio) if isinstance(item.audio, Path) else item.audio
+        return item, decode(item.audio, params.audio, item.part) if isinstance(item.audio, Path) else item.audio
 
     try:
         with ThreadPoolExecutor(params.workers) as pool:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from pipeline.audio import AudioParams, Decoded, Quarantine, decode, to_int16
+from pipeline.audio import AudioParams, Decoded, Part, Quarantine, decode, to_int16
 
 PARAMS = AudioParams(max_sec=5.0, channels="mean", rate="resample")
 
@@ -220,3 +220,43 @@ def test_a_file_without_permission_is_quarantined(tmp_path, speech):
     soundfile.write(tmp_path / "a.wav", speech, 16_000)
     (tmp_path / "a.wav").chmod(0)
     assert "Permission denied" in reason(tmp_path / "a.wav")
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3"])
+def test_a_part_of_a_file_is_what_slicing_the_whole_gives(tmp_path, suffix):
+    path = tmp_path / f"long.{suffix}"
+    soundfile.write(path, np.random.default_rng(0).normal(size=9 * 16_000) * 0.1, 16_000)  # longer than max_sec
+    whole = to_int16(soundfile.read(path)[0])
+    for start, end in ((0.0, 1.0), (2.0005, 3.25), (7.5, None)):
+        result = decode(path, PARAMS, Part(start, end, None))
+        assert isinstance(result, Decoded), result
+        expected = whole[round(start * 16_000) : None if end is None else round(end * 16_000)]
+        # MP3 is decoded from the frames before the part, which is exact to the last bit or two
+        assert np.abs(result.wave.astype(int) - expected).max() <= (2 if suffix == "mp3" else 0)
+        assert result.file_samples == 9 * 16_000
+
+
+def test_a_part_may_be_one_channel_whatever_the_settings_do_with_channels(tmp_path, speech):
+    path = tmp_path / "stereo.wav"
+    soundfile.write(path, np.stack([speech, -speech], axis=1), 16_000)
+    for channel, sign in ((0, 1), (1, -1)):
+        result = decode(path, PARAMS.model_copy(update={"channels": "refuse"}), Part(0.0, None, channel))
+        assert isinstance(result, Decoded)
+        assert np.array_equal(result.wave, sign * speech)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (Part(0.5, 1.01, None), "its segment from 0.5 s to 1.01 s is not inside the 1 s of the file"),
+        (Part(1.0, None, None), "its segment from 1 s to 1 s is not inside the 1 s of the file"),
+        (Part(-0.5, 0.5, None), "its segment from -0.5 s to 0.5 s is not inside"),
+        (Part(0.1, 0.12, None), "too short: 320 samples"),
+        (Part(0.0, 1.0, 1), "its channel 1 is not among the 1 of the file, counted from 0"),
+    ],
+)
+def test_a_part_that_the_file_does_not_have_is_quarantined(tmp_path, speech, part, message):
+    soundfile.write(tmp_path / "a.wav", speech, 16_000)
+    result = decode(tmp_path / "a.wav", PARAMS, part)
+    assert isinstance(result, Quarantine)
+    assert message in result.reason

@@ -9,11 +9,11 @@ import soundfile
 
 from cache.errors import DataError, SettingsError
 from pipeline.audio import Quarantine
-from pipeline.corpora.librispeech import LibriSpeechParams, LibriSpeechSid, librispeech_items
-from pipeline.corpora.splits import Fractions
+from pipeline.corpora.librispeech import LibriSpeechParams, librispeech_items
+from pipeline.corpora.splits import Fractions, WithinSpeakers
 
 SPEECH = Path(os.environ.get("DECANT_SPEECH", "../shared/speech"))
-SID = LibriSpeechSid(min_utterances=3, held_back=Fractions(dev=0.2, test=0.2))
+SID = WithinSpeakers(min_utterances=3, held_back=Fractions(dev=0.2, test=0.2))
 
 
 def params(root, subsets=("train-clean-100", "test-clean"), dev_speakers=0.0, sid=SID) -> LibriSpeechParams:
@@ -181,7 +181,7 @@ def test_a_variable_of_the_environment_is_filled_in(root, monkeypatch):
 
 @pytest.mark.skipif(not (SPEECH / "LibriSpeech").is_dir(), reason="no real LibriSpeech; set DECANT_SPEECH")
 def test_the_real_corpus_reads_whole():
-    sid = LibriSpeechSid(min_utterances=10, held_back=Fractions(dev=0.15, test=0.25))
+    sid = WithinSpeakers(min_utterances=10, held_back=Fractions(dev=0.15, test=0.25))
     items = list(librispeech_items("ls", params(SPEECH / "LibriSpeech", sid=sid)))
     assert not [i for i in items if isinstance(i.audio, Quarantine) or not i.text]
     assert len({i.id for i in items}) == len(items) >= 500

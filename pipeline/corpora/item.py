@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.audio import Decoded, Quarantine
+from pipeline.audio import Decoded, Part, Quarantine
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,3 +29,5 @@ class Item:
     emotion: str | None = None
     pronunciation: str | None = None
     """Phones in order, apart by spaces, where their times are not known."""
+    part: Part | None = None
+    """What of the file is the recording; None is all of it."""

@@ -18,19 +18,10 @@ from cache.errors import DataError
 from pipeline.audio import Quarantine
 from pipeline.corpora.folder import audio_at, corpus_root, folders, leads_inside, path_in, recordings
 from pipeline.corpora.item import Item
-from pipeline.corpora.splits import Fractions, split_alone, split_together
+from pipeline.corpora.splits import Fractions, WithinSpeakers, split_alone, split_within
 
 NAME = re.compile(r"[\w-]+")
 SPLITS = ("train", "dev", "test")
-
-
-class LibriSpeechSid(BaseModel, frozen=True, extra="forbid"):
-    """Speaker identification on LibriSpeech."""
-
-    min_utterances: int = Field(ge=3)
-    """Speakers with fewer take no part."""
-    held_back: Fractions
-    """Parts of each speaker's utterances."""
 
 
 class LibriSpeechParams(BaseModel, frozen=True, extra="forbid"):
@@ -44,7 +35,8 @@ class LibriSpeechParams(BaseModel, frozen=True, extra="forbid"):
     """Such as train-clean-100, dev-clean, test-clean; the first word is the split."""
     dev_speakers: float = Field(ge=0, le=0.5)
     """Part of the training speakers that is dev instead; 0 where a dev subset is at hand."""
-    sid: LibriSpeechSid | None
+    sid: WithinSpeakers | None
+    """Speaker identification; null leaves that task out."""
 
 
 def librispeech_items(corpus: str, params: LibriSpeechParams) -> Iterator[Item]:
@@ -137,10 +129,7 @@ def with_splits(items: list[Item], subset: str, speaker: str, params: LibriSpeec
     split = subset.split("-")[0]
     if split == "train":
         split = split_alone(f"librispeech speaker {speaker}", Fractions(dev=params.dev_speakers, test=0))
-    usable = [item.id for item in items if isinstance(item.audio, Path)]
-    sid: dict[str, str] = {}
-    if params.sid is not None and len(usable) >= params.sid.min_utterances:
-        sid = split_together(usable, params.sid.held_back)
+    sid = split_within({item.id: speaker for item in items if isinstance(item.audio, Path)}, params.sid)
     for item in items:
         tasks = {"sid": sid[item.id]} if item.id in sid else {}
         yield Item(item.id, item.corpus, item.path, item.audio, split, tasks, item.speaker, item.text)

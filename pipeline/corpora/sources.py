@@ -9,14 +9,23 @@ from pipeline.corpora.espeak import EspeakParams, count_lines, espeak_items
 from pipeline.corpora.folder import corpus_root, count_recordings
 from pipeline.corpora.iemocap import SESSIONS, IemocapParams, iemocap_items
 from pipeline.corpora.item import Item
+from pipeline.corpora.kaldi import KaldiParams, kaldi_items
 from pipeline.corpora.librispeech import LibriSpeechParams, librispeech_items
 from pipeline.corpora.ravdess import RavdessParams, actor_folders, ravdess_items
 from pipeline.corpora.speech_commands import SpeechCommandsParams, speech_commands_items, word_folders
+from pipeline.corpora.speechocean762 import Speechocean762Params, speechocean762_items
 from pipeline.corpora.trials import Trial
 from pipeline.corpora.voxceleb import VoxCeleb1Params, speaker_folders, voxceleb1_items, voxceleb1_trials
 
 Source = Annotated[
-    EspeakParams | IemocapParams | LibriSpeechParams | RavdessParams | SpeechCommandsParams | VoxCeleb1Params,
+    EspeakParams
+    | IemocapParams
+    | KaldiParams
+    | LibriSpeechParams
+    | RavdessParams
+    | SpeechCommandsParams
+    | Speechocean762Params
+    | VoxCeleb1Params,
     Field(discriminator="kind"),
 ]
 
@@ -32,6 +41,10 @@ def items_of(corpus: str, source: Source, workers: int) -> Iterator[Item]:
             return iemocap_items(corpus, source)
         case RavdessParams():
             return ravdess_items(corpus, source)
+        case KaldiParams():
+            return kaldi_items(corpus, source)
+        case Speechocean762Params():
+            return speechocean762_items(corpus, source)
         case VoxCeleb1Params():
             return voxceleb1_items(corpus, source)
         case SpeechCommandsParams():
@@ -52,6 +65,8 @@ def count_of(corpus: str, source: Source) -> int:
             )
         case RavdessParams():
             return sum(map(count_recordings, actor_folders(corpus_root(corpus, source.root))))
+        case KaldiParams() | Speechocean762Params():
+            return sum(1 for _ in items_of(corpus, source, 1))  # lists alone: nothing is decoded
         case VoxCeleb1Params():
             return sum(map(count_recordings, speaker_folders(corpus, corpus_root(corpus, source.root), source)))
         case SpeechCommandsParams():

@@ -4,7 +4,7 @@ A name's place is its SHA-256 and nothing else, so adding recordings to a corpus
 where the border is a fraction of all, and files may come in any order.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from hashlib import sha256
 
 from pydantic import BaseModel, Field
@@ -17,6 +17,15 @@ class Fractions(BaseModel, frozen=True, extra="forbid"):
     """Part held back for choosing."""
     test: float = Field(ge=0, le=0.5)
     """Part held back for the score."""
+
+
+class WithinSpeakers(BaseModel, frozen=True, extra="forbid"):
+    """Speaker identification: every speaker on every side, so each one's utterances are shared out."""
+
+    min_utterances: int = Field(ge=3)
+    """Speakers with fewer take no part."""
+    held_back: Fractions
+    """Parts of each speaker's utterances."""
 
 
 def stable_place(name: str) -> float:
@@ -43,6 +52,19 @@ def split_together(names: Iterable[str], fractions: Fractions) -> dict[str, str]
     return {
         name: "test" if i < num_test else "dev" if i < num_test + num_dev else "train" for i, name in enumerate(ordered)
     }
+
+
+def split_within(names: Mapping[str, str | None], params: WithinSpeakers | None) -> dict[str, str]:
+    """The splits in speaker identification of names that have a speaker, for speakers who have enough."""
+    by_speaker: dict[str, list[str]] = {}
+    for name, speaker in names.items():
+        if speaker is not None:
+            by_speaker.setdefault(speaker, []).append(name)
+    splits: dict[str, str] = {}
+    for group in by_speaker.values():
+        if params is not None and len(group) >= params.min_utterances:
+            splits |= split_together(group, params.held_back)
+    return splits
 
 
 def share(count: int, fraction: float, at_most: int) -> int:
