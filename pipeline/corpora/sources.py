@@ -14,6 +14,7 @@ from pipeline.corpora.librispeech import LibriSpeechParams, librispeech_items
 from pipeline.corpora.ravdess import RavdessParams, actor_folders, ravdess_items
 from pipeline.corpora.speech_commands import SpeechCommandsParams, speech_commands_items, word_folders
 from pipeline.corpora.speechocean762 import Speechocean762Params, speechocean762_items
+from pipeline.corpora.table import TableParams, table_items
 from pipeline.corpora.trials import Trial
 from pipeline.corpora.voxceleb import VoxCeleb1Params, speaker_folders, voxceleb1_items, voxceleb1_trials
 
@@ -25,6 +26,7 @@ Source = Annotated[
     | RavdessParams
     | SpeechCommandsParams
     | Speechocean762Params
+    | TableParams
     | VoxCeleb1Params,
     Field(discriminator="kind"),
 ]
@@ -45,6 +47,8 @@ def items_of(corpus: str, source: Source, workers: int) -> Iterator[Item]:
             return kaldi_items(corpus, source)
         case Speechocean762Params():
             return speechocean762_items(corpus, source)
+        case TableParams():
+            return table_items(corpus, source)
         case VoxCeleb1Params():
             return voxceleb1_items(corpus, source)
         case SpeechCommandsParams():
@@ -65,7 +69,7 @@ def count_of(corpus: str, source: Source) -> int:
             )
         case RavdessParams():
             return sum(map(count_recordings, actor_folders(corpus_root(corpus, source.root))))
-        case KaldiParams() | Speechocean762Params():
+        case KaldiParams() | Speechocean762Params() | TableParams():
             return sum(1 for _ in items_of(corpus, source, 1))  # lists alone: nothing is decoded
         case VoxCeleb1Params():
             return sum(map(count_recordings, speaker_folders(corpus, corpus_root(corpus, source.root), source)))
