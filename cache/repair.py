@@ -17,7 +17,7 @@ from cache.journal import journal_line, read_journal
 from cache.process import exclusive
 from cache.publish import fsync, named_io_errors, publish_file, write_json
 from cache.ragged import Store
-from cache.tables import table_names
+from cache.tables import table_names, table_path
 from cache.verify import HEADER, verify_store
 from cache.zarrshard import array_metadata, shard_path
 
@@ -77,14 +77,14 @@ def _drop_shards(store: Store, verdict: Verdict, done: Repair) -> None:
     for finding in verdict.damage:
         if finding.kind == "table":  # what its shards were encoded with is gone, so they are
             assert finding.array is not None
-            tables = table_names(store.spec(finding.array)).values()
-            for name, shard in [place for place in rows if place[0] == finding.array or place[0] in tables]:
+            spec = store.spec(finding.array)
+            tables = table_names(spec)
+            for name, shard in [place for place in rows if place[0] in (spec.name, *tables.values())]:
                 rows.pop((name, shard))
                 changed = True
-            done.dropped += [
-                shard_path(store.directory, store.spec(finding.array), shard).relative_to(store.directory).as_posix()
-                for shard in range(store.plan.num_shards)
-            ]
+            files = [table_path(store.directory, spec, table) for table in tables]
+            files += [shard_path(store.directory, spec, shard) for shard in range(store.plan.num_shards)]
+            done.dropped += [file.relative_to(store.directory).as_posix() for file in files if file.exists()]
         if finding.array is None or finding.shard is None:
             continue
         place = (finding.array, finding.shard)

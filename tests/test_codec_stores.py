@@ -155,8 +155,9 @@ def test_a_damaged_table_is_found_before_a_number_is_returned_and_only_its_layer
     assert "layer-01.std" in found[0].place
     untouched = {p: p.stat().st_mtime_ns for p in directory.glob("layer-00/c/*/0")}
     _, repaired = repair_store(directory)
-    assert len(repaired.dropped) == len(receipt["arrays"]["layer-01"]["shards"])
-    assert not list(directory.glob("layer-01/c/*/0"))
+    there = len(CODECS[codec].tables) - (harm == "deleted")
+    assert len(repaired.dropped) == len(receipt["arrays"]["layer-01"]["shards"]) + there
+    assert not list(directory.glob("layer-01*/c/**/0"))
     assert run(corpus, codec) == receipt
     assert {p: p.stat().st_mtime_ns for p in directory.glob("layer-00/c/*/0")} == untouched
     assert not verify_store(directory, full=True).findings
