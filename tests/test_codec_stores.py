@@ -157,7 +157,7 @@ def test_a_damaged_table_is_found_before_a_number_is_returned_and_only_its_layer
     _, repaired = repair_store(directory)
     there = len(CODECS[codec].tables) - (harm == "deleted")
     assert len(repaired.dropped) == len(receipt["arrays"]["layer-01"]["shards"]) + there
-    assert not list(directory.glob("layer-01*/c/**/0"))
+    assert not [path for path in directory.glob("layer-01*/c/**/0") if path.is_file()]
     assert run(corpus, codec) == receipt
     assert {p: p.stat().st_mtime_ns for p in directory.glob("layer-00/c/*/0")} == untouched
     assert not verify_store(directory, full=True).findings
