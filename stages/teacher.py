@@ -1,4 +1,4 @@
-"""teacher: a folder, a hub commit or a pretraining in, one pinned teacher and its weights for a student out."""
+"""teacher: a folder, a hub commit, a checkpoint or a pretraining in, one pinned teacher and its weights for a student out."""
 
 from pathlib import Path
 from typing import Annotated
@@ -25,7 +25,7 @@ def main(
     from cache.manifest import read_manifest
     from cache.publish import publish_file
     from cache.receipts import open_receipt
-    from pipeline.student.adopt import adopt
+    from pipeline.student.adopt import FAMILIES, adopt
     from pipeline.teachers.pretrain import PretrainParams, audio_seconds
     from pipeline.teachers.sources import Corpus, Folder, Hub, Source, TeacherParams, materialise
     from stages._params import read_params
@@ -39,8 +39,11 @@ def main(
             pinned = materialise(settings, out, corpus, tick)
     else:
         pinned = materialise(settings, out)
+    start = (
+        adopt(out) if pinned.family in FAMILIES else {}
+    )  # of other families no student computes what the weights mean
     with publish_file(init) as partial:
-        save_file(adopt(out), partial, metadata={"teacher": pinned.digest})
+        save_file(start, partial, metadata={"teacher": pinned.digest})
     print(
         f"teacher {name}: {pinned.family}, {pinned.num_params:,} parameters, {pinned.layers} layers x {pinned.width}, "
         f"waveforms {'normalised' if pinned.normalise else 'as they are'}, digest {pinned.digest[:12]}"

@@ -22,12 +22,12 @@ FRONTS = {
     "base": {"do_stable_layer_norm": False, "feat_extract_norm": "group", "conv_bias": False},
     "large": {"do_stable_layer_norm": True, "feat_extract_norm": "layer", "conv_bias": True},
 }
-CASES = [(family, front) for family in FAMILIES for front in FRONTS]
+CASES = [(family, front) for family in ("hubert", "wav2vec2", "wavlm") for front in FRONTS]
 
 
 def make_folder(path, family, front, **changes):
     """A random model of a family as transformers saves it; norms and biases are random too."""
-    make_config, make_model, _ = FAMILIES[family]
+    make_config, make_model = FAMILIES[family].config, FAMILIES[family].model
     torch.manual_seed(0)
     model = make_model(make_config(**{**TINY_HUBERT, **FRONTS[front], **changes})).eval()
     for parameter in model.parameters():

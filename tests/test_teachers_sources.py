@@ -209,7 +209,7 @@ def test_every_tensor_that_does_not_belong_is_named(folder, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"model_type": "data2vec-audio"}, "model_type is 'data2vec-audio'; a teacher can be hubert, wav2vec2, wavlm"),
+        ({"model_type": "sew"}, "model_type is 'sew'; a teacher can be hubert, wav2vec2, wavlm, data2vec-audio"),
         ({"model_type": ...}, "model_type is None"),
         ({"conv_stride": [5, 2, 2, 2, 2, 2, 1]}, "stores count frames every 320 samples"),
         ({"conv_pos_batch_norm": True}, "spreads padding into speech"),

@@ -19,11 +19,15 @@ from cache.manifest import Manifest
 from cache.publish import digest_file, publish_dir, read_json
 from cache.ragged import Store
 from pipeline.teachers.fairseq import Fairseq, read_fairseq
+from pipeline.teachers.families import FAMILIES
+from pipeline.teachers.grid import STORE, Align
 from pipeline.teachers.pinned import CONFIG, PREPROCESSOR, WEIGHTS, Pinned, pin, read_safetensors
 from pipeline.teachers.pretrain import PretrainParams, pretrain
 from pipeline.teachers.unpickle import read_pickle
 
 INDEX, PICKLE = "model.safetensors.index.json", "pytorch_model.bin"
+SPECTRAL = [name for name, family in FAMILIES.items() if family.grid != STORE]  # no waveform reaches these models
+HEARD = ("sampling_rate", "feature_size", "num_mel_bins", "stride", "hop_length", "n_fft", "chunk_length")
 SAFE_FILES = [CONFIG, PREPROCESSOR, WEIGHTS, INDEX, "model-*-of-*.safetensors"]
 
 
@@ -33,6 +37,8 @@ class Folder(BaseModel, frozen=True, extra="forbid"):
     kind: Literal["folder"]
     path: str
     """The folder."""
+    align: Align | None = None
+    """How the frames of a model that hears spectra are brought to the store's: nearest or linear. None where they lie there."""
 
 
 class Hub(BaseModel, frozen=True, extra="forbid"):
@@ -43,6 +49,8 @@ class Hub(BaseModel, frozen=True, extra="forbid"):
     """owner/name."""
     revision: str
     """The commit's full 40-character hash."""
+    align: Align | None = None
+    """As of a folder."""
 
     @field_validator("revision")
     @classmethod
@@ -97,11 +105,10 @@ def materialise(
     source = params.source
     with publish_dir(out) as work:
         if isinstance(source, Folder):
-            return _pin_folder(
-                Path(source.path), work, params, {"kind": "folder", "name": Path(source.path).resolve().name}
-            )
+            record = {"kind": "folder", "name": Path(source.path).resolve().name}
+            return _pin_folder(Path(source.path), work, params, record, source.align)
         if isinstance(source, Hub):
-            return _pin_folder(fetch(source), work, params, source.model_dump())
+            return _pin_folder(fetch(source), work, params, source.model_dump(exclude={"align"}), source.align)
         if isinstance(source, Fairseq):
             return _pin_checkpoint(source, work, params)
         if corpus is None:
@@ -151,12 +158,27 @@ def _snapshot(source: Hub, files: list[str], local: bool) -> Path:
         raise SettingsError(f"{source.repo!r} is not a repository's name (owner/name): {error}") from error
 
 
-def _pin_folder(folder: Path, work: Path, params: TeacherParams, record: dict[str, Any]) -> Pinned:
+def _pin_folder(
+    folder: Path, work: Path, params: TeacherParams, record: dict[str, Any], align: Align | None = None
+) -> Pinned:
     where = f"{record['repo']} at {record['revision'][:12]}" if record["kind"] == "hub" else str(folder)
     if not (folder / CONFIG).exists():
         raise DataError(f"{where} has no {CONFIG}; a teacher is a folder that transformers' save_pretrained wrote")
-    normalise = params.normalise if params.normalise is not None else _published_normalise(folder, where)
-    return pin(work, read_json(folder / CONFIG), read_weights(folder, where), normalise, record, where)
+    config = read_json(folder / CONFIG)
+    published = _published_normalise(folder, config, where) if params.normalise is None else params.normalise
+    pinned = pin(work, config, read_weights(folder, where), published, record, where, align)
+    _check_preprocessor(folder, read_json(work / PREPROCESSOR), where)
+    return pinned
+
+
+def _check_preprocessor(folder: Path, ours: dict[str, Any], where: str) -> None:
+    """Refuse a model that was trained to hear something else than its family's spectra or waveforms at 16 kHz."""
+    theirs = read_json(folder / PREPROCESSOR) if (folder / PREPROCESSOR).exists() else {}
+    for key in HEARD:
+        if key in ours and (found := theirs.get(key, ours[key])) != ours[key]:
+            raise SettingsError(
+                f"{where}: {key} is {found!r} in {PREPROCESSOR} and only {ours[key]!r} can be a teacher"
+            )
 
 
 def _pin_checkpoint(source: Fairseq, work: Path, params: TeacherParams) -> Pinned:
@@ -172,8 +194,10 @@ def _pin_checkpoint(source: Fairseq, work: Path, params: TeacherParams) -> Pinne
     return pin(work, config, weights, normalise, record, source.path)
 
 
-def _published_normalise(folder: Path, where: str) -> bool:
+def _published_normalise(folder: Path, config: dict[str, Any], where: str) -> bool:
     described = read_json(folder / PREPROCESSOR) if (folder / PREPROCESSOR).exists() else {}
+    if config.get("model_type") in SPECTRAL:
+        return False
     if not isinstance(normalise := described.get("do_normalize"), bool):
         raise SettingsError(
             f"{where} does not say in {PREPROCESSOR} whether waveforms are normalised; set the teacher's "
