@@ -4,16 +4,24 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes on two cores
+os.environ["OMP_NUM_THREADS"] = "1"  # two test processes on two cores, and the same bytes from every process
 
 from cache.manifest import Manifest, Utterance, write_manifest
 from cache.publish import write_json
 from cache.ragged import Store
 from cache.receipts import make_receipt, open_receipt, store_key
 from cache.waves import WaveWriter
+
+for name in ("DECANT_DEBUG", "DECANT_STORE", "DVC_ROOT", "PYTHONDONTWRITEBYTECODE"):
+    os.environ.pop(name, None)  # settings of whoever runs the tests; compiling torch at each start takes seconds
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any machine")
 
 TINY_HUBERT = {  # sizes of a transformers configuration: odd ones, so that a wrong axis shows
     "conv_dim": (8, 8, 8, 8, 8, 8, 12),

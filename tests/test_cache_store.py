@@ -5,10 +5,8 @@ import os
 import pickle
 import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -194,14 +192,13 @@ def damage(kind, shard: Path, other: Path):
 def test_a_shard_that_is_not_whole_is_refused_on_opening_and_made_again_alone(receipt, kind):
     store = open_receipt(receipt)
     shards = sorted((store.directory / "layer-04" / "c").glob("*/0"))
-    before = {p: p.stat().st_mtime_ns for p in store.directory.rglob("c/*/0")}
+    for path in store.directory.rglob("c/*/0"):
+        os.utime(path, (1, 1))  # long ago, by any clock
     damage(kind, shards[1], shards[0])
     with pytest.raises(StoreError, match=r"layer-04/c/1/0 (is missing|has \d+ bytes)"):
         open_receipt(receipt)
-    time.sleep(0.01)
     assert build(ROWS, random_rows(ROWS)) == receipt
-    after = {p: p.stat().st_mtime_ns for p in store.directory.rglob("c/*/0")}
-    assert [p for p in after if after[p] != before[p]] == [shards[1]]
+    assert [p for p in store.directory.rglob("c/*/0") if p.stat().st_mtime != 1] == [shards[1]]
 
 
 @pytest.mark.parametrize("kind", ["payload", "index"])
@@ -324,47 +321,6 @@ def test_what_does_not_fit_is_refused_before_anything_is_computed(monkeypatch):
         with pytest.raises(ResourceError, match="keep fewer layers, or set DECANT_STORE to a larger disk"):
             writer.check_space()
     monkeypatch.undo()
-
-
-WRITE_SLOWLY = """
-import sys, time, numpy as np
-from test_cache_store import ROWS, header, random_rows, LAYERS
-from cache.receipts import store_path
-from cache.writer import open_writer
-head, data = header(), random_rows(ROWS)
-print("ready", flush=True)
-with open_writer(store_path("features", head["key"]), head, [f"utt-é{u}" for u in range(len(ROWS))],
-                 np.array(ROWS, dtype=np.int64), LAYERS) as writer:
-    for shard, names in writer.missing().items():
-        for name in names:
-            writer.write(name, shard, np.concatenate([data[name][u] for u in writer.plan.utterances(shard)]))
-            time.sleep(0.004)
-"""
-
-
-def test_kill_9_at_any_moment_loses_no_committed_shard_and_returns_no_wrong_number(receipt, tmp_path, monkeypatch):
-    monkeypatch.setenv("DECANT_STORE", str(tmp_path / "killed"))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    place = store_path("features", receipt["key"])
-    rng = np.random.default_rng(1)
-    committed: set[str] = set()
-    for _ in range(12):
-        child = subprocess.Popen([sys.executable, "-c", WRITE_SLOWLY], env=environment, stdout=subprocess.PIPE)
-        child.stdout.readline()
-        time.sleep(float(rng.uniform(0.002, 0.06)))
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-        journal = (place / "journal.jsonl").read_text() if (place / "journal.jsonl").exists() else ""
-        lines = {line for line in journal.splitlines(keepends=True) if line.endswith("\n")}
-        assert committed <= lines  # nothing that was committed is lost or changed
-        committed = lines
-    subprocess.run([sys.executable, "-c", WRITE_SLOWLY], env=environment, check=True, stdout=subprocess.DEVNULL)
-    assert make_receipt(place, LAYERS) == receipt
-    store, data = open_receipt(receipt, verify=True), random_rows(ROWS)
-    for name in LAYERS:
-        for u in range(len(ROWS)):
-            np.testing.assert_array_equal(store.read(name, u), data[name][u])
-    assert not list(place.rglob("*.partial"))
 
 
 def test_waves_come_back_and_a_crop_is_the_samples_of_its_frames(tmp_path):
