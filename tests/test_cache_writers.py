@@ -53,16 +53,18 @@ def opened(place: Path):
     return open_writer(place, HEADER, ids, np.array(ROWS, dtype=np.int64), LAYERS)
 
 
-def write_pooled(place: Path, workers: int = 2, shard_buffers: int = 2, begun=lambda pool: None) -> list:
+def write_pooled(
+    place: Path, workers: int = 2, shard_buffers: int = 2, begun=lambda pool: None, commits: int = 1
+) -> list:
     """Write what is missing, as an extraction does: all arrays of a shard side by side; what was made, in order.
 
-    `begun` is called when the first file is there.
+    `begun` is called when as many files as `commits` are in the journal.
     """
     made = []
 
     def note(*at) -> None:
         made.append(at)
-        if len(made) == 1:
+        if len(made) == commits:
             begun(pool)
 
     with opened(place) as writer, ShardPool(writer, workers, shard_buffers, note) as pool:
@@ -145,7 +147,7 @@ def test_the_files_are_written_by_the_processes_while_rows_are_made(receipt, pla
     with opened(place) as writer, ShardPool(writer, 1, 1) as pool:
         pool.buffer("layer-00", 0)[:] = np.concatenate([DATA["layer-00"][u] for u in writer.plan.utterances(0)])
         pool.commit("layer-00", 0)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not (place / "layer-00/c/0/0").exists():
             assert time.monotonic() < deadline
         assert committed(place) == {}  # only this process writes the journal
@@ -185,8 +187,10 @@ def test_of_20_writer_processes_killed_none_costs_a_committed_shard(receipt, pla
         delay, victim = float(rng.uniform(0, 0.02)), int(rng.integers(2))
         pids, timers = [], []
 
-        def begun(pool, delay=delay, victim=victim, pids=pids, timers=timers):
+        def begun(pool, seed=seed, delay=delay, victim=victim, pids=pids, timers=timers):
             pids.extend(pool.pids)
+            if seed % 2:  # it cannot be through before it is killed, on a machine of any speed
+                os.kill(pids[victim], signal.SIGSTOP)
             timers.append(threading.Timer(delay, kill, (pids[victim],)))
             timers[0].start()
 
@@ -225,14 +229,21 @@ def children_of(pid: int) -> list[int]:
 
 @pytest.mark.slow
 def test_of_20_parents_killed_none_leaves_a_writer_behind_or_costs_a_committed_shard(receipt, place):
-    before, stages = {}, set()
+    before = {}
     for seed in range(20):
         rng = np.random.default_rng(seed)
+        commits, waits = 1 + seed // 2 % 2, seed % 2 == 0  # half of them go on until they are killed
         out, told = os.pipe()
         pid = os.fork()
         if pid == 0:
+
+            def begun(pool, told=told, waits=waits):
+                os.write(told, b"begun")
+                if waits:
+                    signal.pause()
+
             try:
-                write_pooled(place, 2, 1, lambda pool, told=told: os.write(told, b"begun"))
+                write_pooled(place, 2, 1, begun, commits)
             finally:
                 os._exit(0)
         os.close(told)
@@ -246,8 +257,8 @@ def test_of_20_parents_killed_none_leaves_a_writer_behind_or_costs_a_committed_s
             assert not any(map(is_running, writers))
             after = committed(place)
         assert {k: after.get(k) for k in before} == before
+        assert len(after) == len(before) + commits if waits else len(after) >= len(before) + commits
         before = after
-        stages.add(len(after))
         if len(after) >= ALL - 2:
             write_pooled(place, 0)
             check_whole(place, receipt)
@@ -256,10 +267,10 @@ def test_of_20_parents_killed_none_leaves_a_writer_behind_or_costs_a_committed_s
     left = {(name, shard) for name in LAYERS for shard in range(9)} - set(before)
     assert set(write_pooled(place)) == left
     check_whole(place, receipt)
-    assert len(stages) > 3
 
 
 def test_an_orphan_keeps_the_store_locked_until_it_is_gone(receipt, place):
+    out, told = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
@@ -269,19 +280,20 @@ def test_an_orphan_keeps_the_store_locked_until_it_is_gone(receipt, place):
                 while not (place / "layer-00/c/0/0").exists():
                     pass
                 os.kill(pool.pids[0], signal.SIGSTOP)
+                os.write(told, b"%d" % pool.pids[0])
                 os.kill(os.getpid(), signal.SIGKILL)
         finally:
             os._exit(1)
-    orphans = []
-    while not os.waitpid(pid, os.WNOHANG)[0]:
-        orphans = children_of(pid) or orphans
-    assert len(orphans) == 1
-    os.kill(orphans[0], 0)  # it stands still
-    threading.Timer(0.5, os.kill, (orphans[0], signal.SIGCONT)).start()
+    os.close(told)
+    orphan = int(os.read(out, 20))
+    os.close(out)
+    os.waitpid(pid, 0)
+    os.kill(orphan, 0)  # it stands still
     start = time.monotonic()
+    threading.Timer(0.5, os.kill, (orphan, signal.SIGCONT)).start()
     with opened(place) as writer:
         assert time.monotonic() - start > 0.4
-        assert not is_running(orphans[0])
+        assert not is_running(orphan)
         assert ("layer-00", 0) not in writer.journal.rows  # its parent did not live to record it
     write_pooled(place)
     check_whole(place, receipt)
@@ -343,9 +355,8 @@ def test_an_error_of_the_caller_ends_the_processes_and_keeps_what_is_done(receip
         pool.buffer("layer-00", 0)[:] = np.concatenate([DATA["layer-00"][u] for u in writer.plan.utterances(0)])
         pool.commit("layer-00", 0)
         pids = pool.pids
-        while not (place / "layer-00/c/0/0").exists():
+        while not any(worker.has_answer() for worker in pool._workers):
             pass
-        time.sleep(0.2)  # its answer is in the pipe
         raise KeyError
     assert not any(map(is_running, pids))
     assert set(committed(place)) == {("layer-00", 0)}
