@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import os
+import random
 import re
 import sys
 import types
@@ -12,8 +13,10 @@ import pytest
 import torch
 import transformers
 from pydantic import ValidationError
+from safetensors.torch import load_file
 from torchaudio.models import wav2vec2 as audio
 from torchaudio.models.wav2vec2.utils import import_fairseq_model
+from typer.testing import CliRunner
 
 from cache.errors import DataError, SettingsError, StoreError
 from pipeline.padding import normalise_waves
@@ -21,10 +24,14 @@ from pipeline.teachers.fairseq import LEFT_OUT, Fairseq, conv_layers, convert
 from pipeline.teachers.families import build_model
 from pipeline.teachers.forward import load_teacher
 from pipeline.teachers.sources import TeacherParams, materialise
+from pipeline.teachers.unpickle import read_pickle
+from stages.teacher import app
 from tests.fairseq_fixtures import BASE, LARGE, LARGE_WITHOUT_BIAS, MODELS, TINY, checkpoint, random_model
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:Support for mismatched key_padding_mask", "ignore:`torch.nn.utils.weight_norm` is deprecated"
+    "ignore:Support for mismatched key_padding_mask",
+    "ignore:`torch.nn.utils.weight_norm` is deprecated",
+    "ignore:Detected pickle protocol",
 )
 FRONTS = {"base": BASE, "large": LARGE, "large without bias": LARGE_WITHOUT_BIAS}
 CASES = [(family, front) for family in MODELS for front in FRONTS]
@@ -378,6 +385,38 @@ def test_a_cut_or_overwritten_checkpoint_is_refused(tmp_path, zipped):
         refused(path, tmp_path / "out", StoreError)
     path.write_bytes(b"<html>not found</html>")
     refused(path, tmp_path / "out", StoreError)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_bytes_changed_at_random_are_one_of_our_errors_or_harmless(tmp_path, zipped):
+    path = tmp_path / "model.pt"
+    state = {"args": argparse.Namespace(a=1), "model": {"w": torch.randn(4, 5), "b": torch.randn(3).half()}}
+    torch.save(state, path, _use_new_zipfile_serialization=zipped)
+    data, rng, refusals = path.read_bytes(), random.Random(0), []
+    for _ in range(300):
+        changed = bytearray(data)
+        for _ in range(3):
+            changed[rng.randrange(min(len(data), 900))] = rng.randrange(256)
+        path.write_bytes(changed)
+        try:
+            read_pickle(path, "here")
+        except StoreError as error:
+            refusals.append(str(error))
+    assert len(refusals) > 100
+    assert not any("\n" in text for text in refusals)
+
+
+def test_a_student_can_start_from_a_pinned_checkpoint(tmp_path):
+    """The command as a person runs it, and the weights it wrote for students."""
+    model = write(tmp_path / "model.pt")
+    source = {"kind": "fairseq", "path": str(tmp_path / "model.pt"), "sha256": None}
+    (tmp_path / "params.yaml").write_text(json.dumps({"teachers": {"robust": {"source": source, "normalise": None}}}))
+    paths = ["--out", str(tmp_path / "teacher"), "--init", str(tmp_path / "init.safetensors")]
+    done = CliRunner().invoke(app, ["robust", *paths, "--params", str(tmp_path / "params.yaml")])
+    assert done.exit_code == 0, done.output
+    adopted = load_file(tmp_path / "init.safetensors")
+    assert torch.equal(adopted["blocks.2.ffn_up.weight"], model.encoder.layers[2].fc1.weight)
+    assert torch.equal(adopted["feature_norm.bias"], model.layer_norm.bias)
 
 
 @pytest.mark.parametrize(

@@ -24,11 +24,34 @@ warnings.filterwarnings("ignore", message="Support for mismatched key_padding_ma
 Hear = Callable[[Tensor, Tensor], list[Tensor]]
 
 
+class Blocks:
+    """The transformer's blocks, watched: the first one's input and each one's output.
+
+    Versions of transformers differ in whether their `hidden_states` end with the final norm: here layer L is what block L
+    gives, in pre-norm models (large, Whisper) too.
+    """
+
+    def __init__(self, blocks: Any) -> None:
+        self.states: list[Tensor] = []
+        blocks[0].register_forward_pre_hook(lambda _, args: self.states.append(args[0]))
+        for block in blocks:
+            block.register_forward_hook(
+                lambda _, args, out: self.states.append(out if isinstance(out, Tensor) else out[0])
+            )
+
+    def states_of(self, forward: Callable[[], Any]) -> list[Float[Tensor, "B T D"]]:
+        """Run a forward and take its states; none is kept here, where it would hold a batch's memory."""
+        self.states.clear()  # of a forward that did not come to its end
+        forward()
+        states, self.states[:] = [*self.states], []
+        return states
+
+
 class Waveform:
     """HuBERT, wav2vec 2.0, WavLM and data2vec: convolutions over the samples, which may be normalised before."""
 
     def __init__(self, model: Any, normalise: bool) -> None:
-        self.model, self.normalise = model, normalise
+        self.model, self.normalise, self.blocks = model, normalise, Blocks(model.encoder.layers)
         self.samples: Tensor | None = None
         self.norm: LengthMaskedGroupNorm | None = None
         first = model.feature_extractor.conv_layers[0]
@@ -47,9 +70,7 @@ class Waveform:
         self.samples = samples
         if self.norm is not None:
             self.norm.valid = (samples - KERNELS[0]).div(STRIDES[0], rounding_mode="floor") + 1
-        out = self.model(waves, attention_mask=valid.long(), output_hidden_states=True)
-        # All are raw outputs of blocks, in pre-norm models (large) too: the final norm is in `last_hidden_state` alone
-        return list(out.hidden_states)
+        return self.blocks.states_of(lambda: self.model(waves, attention_mask=valid.long()))
 
     def _silence_padding(self, _: nn.Module, args: Any, out: Float[Tensor, "B D T"]) -> Float[Tensor, "B D T"]:
         assert self.samples is not None
@@ -60,7 +81,7 @@ class FilterBanks:
     """w2v-BERT 2.0: Kaldi's filter banks in pairs, normalised bin by bin over the utterance."""
 
     def __init__(self, model: Any, normalise: bool) -> None:
-        self.model, self.states = model, record(model.encoder.layers)
+        self.model, self.blocks = model, Blocks(model.encoder.layers)
 
     def __call__(self, waves: Float[Tensor, "B S"], samples: Int64[Tensor, " B"]) -> list[Float[Tensor, "B T D"]]:
         """Input of the first block, and output of each.
@@ -75,9 +96,7 @@ class FilterBanks:
             )
         banks = filter_banks(waves, samples, 80)
         mask = frame_mask(PAIRS.num_frames(samples), banks.shape[1])
-        self.states.clear()
-        self.model(banks, attention_mask=mask.long())
-        return [*self.states]
+        return self.blocks.states_of(lambda: self.model(banks, attention_mask=mask.long()))
 
 
 class Window:
@@ -87,7 +106,7 @@ class Window:
     """
 
     def __init__(self, model: Any, normalise: bool) -> None:
-        self.model, self.states = model, record(model.layers)
+        self.model, self.blocks = model, Blocks(model.layers)
         self.longest = model.config.max_source_positions * WHISPER.hop  # samples: 30 s
         self.log_mel = LogMel(model.config.num_mel_bins, self.longest)
 
@@ -102,9 +121,9 @@ class Window:
                 f"an utterance has {most / RATE_HZ:.1f} s and Whisper hears {self.longest / RATE_HZ:g} s; leave out what is "
                 f"longer (prepare.max_sec: {self.longest / RATE_HZ:g})"
             )
-        self.states.clear()
-        self.model(self.log_mel.to(waves.device)(waves, samples))
-        return [state[:, : int(WHISPER.num_frames(samples).max())] for state in self.states]
+        spectrum = self.log_mel.to(waves.device)(waves, samples)
+        frames = int(WHISPER.num_frames(samples).max())
+        return [state[:, :frames] for state in self.blocks.states_of(lambda: self.model(spectrum))]
 
 
 HEARS: dict[str, tuple[Callable[[Any, bool], Hear], str]] = {  # and what `describe` calls it
@@ -115,15 +134,3 @@ HEARS: dict[str, tuple[Callable[[Any, bool], Hear], str]] = {  # and what `descr
     "wav2vec2-bert": (FilterBanks, "pairs of 80 log filter banks, each bin normalised over the utterance"),
     "whisper": (Window, "log-mel spectrum of a window, silence after the utterance"),
 }
-
-
-def record(blocks: Any) -> list[Float[Tensor, "B T D"]]:
-    """A list that every forward of a model extends by the first block's input and each block's output.
-
-    For models whose own `hidden_states` end with the final norm: here layer L is what block L gives.
-    """
-    states: list[Tensor] = []
-    blocks[0].register_forward_pre_hook(lambda _, args: states.append(args[0]))
-    for block in blocks:
-        block.register_forward_hook(lambda _, args, out: states.append(out if isinstance(out, Tensor) else out[0]))
-    return states

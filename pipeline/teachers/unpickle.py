@@ -18,12 +18,11 @@ from cache.errors import DataError, StoreError
 class Inert:
     """Stands for an object of a library that is not here: it keeps what it was made from and has no behaviour."""
 
-    def __init__(self, *args: Any) -> None:
-        self.args = args
-        self.state: Any = None
+    args: tuple[Any, ...]
+    state: Any
 
     def __new__(cls, *args: Any) -> "Inert":
-        """The restricted unpickler calls it without `__init__`."""
+        """Not `__init__`, which the unpickler leaves out for some objects."""
         made = super().__new__(cls)
         made.args, made.state = args, None
         return made
