@@ -8,7 +8,8 @@ import hypothesis
 import numpy as np
 import pytest
 
-os.environ["OMP_NUM_THREADS"] = "1"  # two test processes on two cores, and the same bytes from every process
+# Two test processes on two cores; the same bytes from every process; and a forked one waits for no thread left behind.
+os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
 
 from cache.manifest import Manifest, Utterance, write_manifest
 from cache.publish import write_json
