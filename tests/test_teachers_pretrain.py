@@ -80,7 +80,7 @@ def corpus(tmp_path_factory):
                     file_samples=len(wave), file_bytes=2 * len(wave), audio=audio, split="train", tasks={},
                 )
             )  # fmt: skip
-        place = writer.finish("k" * 20, {})
+        place = writer.finish("0" * 20, {})
     unheard = dataclasses.replace(rows[0], id="unheard", split="dev")
     return Corpus(Manifest((*rows, unheard)), Store(place, ("wave",)))
 
