@@ -16,7 +16,7 @@ from cache.frames import num_frames
 from cache.manifest import Manifest, Utterance, write_manifest
 from cache.publish import write_json
 from cache.ragged import Store
-from cache.receipts import make_receipt
+from cache.receipts import make_receipt, store_key
 from cache.waves import WaveWriter
 from pipeline.teachers.forward import load_teacher
 from pipeline.teachers.pretrain import MaskedPrediction, PretrainParams, mask_spans, new_model, plan_epoch, pretrain
@@ -80,7 +80,7 @@ def corpus(tmp_path_factory):
                     file_samples=len(wave), file_bytes=2 * len(wave), audio=audio, split="train", tasks={},
                 )
             )  # fmt: skip
-        place = writer.finish("0" * 20, {})
+        place = writer.finish(store_key("waves", {}), {})
     unheard = dataclasses.replace(rows[0], id="unheard", split="dev")
     return Corpus(Manifest((*rows, unheard)), Store(place, ("wave",)))
 
@@ -287,7 +287,7 @@ def test_the_command_writes_the_teacher_and_what_a_student_starts_from(corpus, t
     with WaveWriter(tmp_path / "store" / "waves") as writer:
         for utterance in corpus.manifest.select(split="train"):
             writer.add(utterance.id, corpus.waves.read("wave", utterance.id))
-        place = writer.finish("a" * 20, {})
+        place = writer.finish(store_key("waves", {}), {})
     write_json(tmp_path / "waves.json", make_receipt(place, ["wave"]))
     write_manifest(tmp_path / "manifest.jsonl", corpus.manifest.select(split="train"))
     teachers = {
