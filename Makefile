@@ -6,6 +6,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+# Each of a hundred commands would compile torch and transformers anew: four seconds instead of two.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: env demo test lint pins readme
 env: $(VENV)/.ready

@@ -35,6 +35,11 @@ TINY_HUBERT = {  # sizes of a transformers configuration: odd ones, so that a wr
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow ones first, so that no process is left alone with one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @dataclass(frozen=True)
 class TinyCorpus:
     """A manifest and its wave store under `root`, which is also where DECANT_STORE points."""
