@@ -112,7 +112,7 @@ def test_a_header_that_cannot_be_is_refused(place, receipt, tmp_path, field, val
     ids=range(14),
 )
 def test_json_that_is_no_header_and_no_metadata_is_refused(place, receipt, tmp_path, name, text):
-    (place / name).write_text(text)
+    (place / name).write_text(text, encoding="utf-8")
     refused(all_ways(place, receipt, tmp_path), str((place / name).parent))
 
 

@@ -14,7 +14,7 @@ import torch
 from cache import codecs
 from cache.codecs import CODECS
 from cache.publish import read_json
-from cache.ragged import FORMAT
+from cache.header import FORMAT
 from cache.receipts import open_receipt
 from pipeline.codecs import Decoder
 from tests.golden.make_store_v1_codecs import make

@@ -33,7 +33,7 @@ def write_lines(path, *changes):
     rows = []
     for number, change in enumerate(changes):
         write_manifest(path, Manifest((utterance(f"a/{number}"),)))
-        rows.append({**json.loads(path.read_text()), **change})
+        rows.append({**json.loads(path.read_text(encoding="utf-8")), **change})
     path.write_text("".join(json.dumps({k: v for k, v in row.items() if v != "DROP"}) + "\n" for row in rows))
     return path
 

@@ -10,11 +10,11 @@ from stages import cachectl
 from stages.__main__ import STAGES
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_every_command_it_names_exists():
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
     assert set(re.findall(r"(?:^|`)make ([a-z]+)", README, re.M)) <= targets
     assert set(re.findall(r"\bdecant ([a-z]+)", README)) <= {*STAGES, "cache"}
     assert set(re.findall(r"\bdecant cache ([a-z]+)", README)) <= {c.name for c in cachectl.app.registered_commands}
@@ -24,7 +24,7 @@ def test_every_command_it_names_exists():
     "page", ["README.md", *[str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs").rglob("*.md"))]]
 )
 def test_every_local_link_leads_to_a_file(page):
-    text = (ROOT / page).read_text()
+    text = (ROOT / page).read_text(encoding="utf-8")
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         if not link.startswith("http"):
             assert ((ROOT / page).parent / link).exists(), link

@@ -13,7 +13,7 @@ from cache.errors import DataError, SettingsError, StoreError
 from cache.manifest import Manifest, Utterance, write_manifest
 from cache.publish import canonical_json, read_json, write_json
 from cache.ragged import Store, layer_name
-from cache.receipts import make_receipt
+from cache.receipts import make_receipt, store_key
 from cache.writer import open_writer
 from pipeline.tasks import features as features_module
 from pipeline.tasks import metrics
@@ -64,10 +64,11 @@ def utterance(number: int, split: str, word: str | None) -> Utterance:
 
 def write_store(directory, manifest: Manifest, frames: list[np.ndarray], codec: str = "float16") -> tuple[Store, list]:
     """A feature store of several shards, as extraction writes it."""
+    fingerprint = {"model": {"kind": "hubert"}}
     header = {
         "kind": "features",
-        "key": "0123456789",
-        "fingerprint": {"model": {"kind": "hubert"}},
+        "key": store_key("features", fingerprint),
+        "fingerprint": fingerprint,
         "codec": codec,
         "width": D,
         "chunk_rows": 8,

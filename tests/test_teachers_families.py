@@ -134,7 +134,7 @@ def test_a_model_that_hears_waveforms_has_the_layers_of_transformers(tmp_path, n
     with torch.no_grad():
         expected = model(prepared, output_hidden_states=True).hidden_states
     for ours, theirs in zip(teacher.layers(wave, samples), expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)  # 1.3e-5 on a processor without AVX
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("w2v-bert")])
