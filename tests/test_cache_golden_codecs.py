@@ -13,8 +13,8 @@ import torch
 
 from cache import codecs
 from cache.codecs import CODECS
-from cache.publish import read_json
 from cache.header import FORMAT
+from cache.publish import read_json
 from cache.receipts import open_receipt
 from pipeline.codecs import Decoder
 from tests.golden.make_store_v1_codecs import make
