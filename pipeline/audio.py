@@ -19,6 +19,7 @@ from pipeline.resample import MAX_FILTERS, num_filters, resample
 
 MAX_CHANNELS = 8  # with max_sec, what bounds the memory of one file
 RATES_HZ = range(4_000, 192_001)
+PAST_ALL_SEC = 1e9  # no file is as long; a list may say 1e308, which times the rate is infinite
 UNKNOWN_SIZE = (0, 0xFFFFFFFF)  # what a WAV header says when the audio was piped
 
 
@@ -97,8 +98,8 @@ def samples_of(part: Part | None, file: soundfile.SoundFile) -> range:
     """The samples of a file that are the recording, at the file's own rate."""
     if part is None:
         return range(file.frames)
-    end = file.frames if part.end_sec is None else round(part.end_sec * file.samplerate)
-    return range(round(part.start_sec * file.samplerate), end)
+    start, end = (None if t is None else round(min(t, PAST_ALL_SEC) * file.samplerate) for t in part[:2])
+    return range(start or 0, file.frames if end is None else end)
 
 
 def header_fault(file: soundfile.SoundFile, params: AudioParams, part: Part | None) -> str | None:

@@ -21,7 +21,7 @@ from cache.publish import write_json
 from cache.receipts import make_receipt, store_key
 from cache.waves import WaveWriter
 from pipeline.audio import AudioParams, Decoded, Quarantine, decode
-from pipeline.corpora.item import Item
+from pipeline.corpora.item import Declared, Item
 from pipeline.corpora.sources import Source, count_of, items_of, trials_of
 from pipeline.corpora.trials import Kept, keep_known
 from pipeline.ordered import ordered_map
@@ -103,7 +103,9 @@ def decoded(params: PrepareParams) -> Iterator[tuple[Item, Decoded | Quarantine]
     """Every recording of every source, decoded, in order."""
 
     def load(item: Item) -> tuple[Item, Decoded | Quarantine]:
-        return item, decode(item.audio, params.audio, item.part) if isinstance(item.audio, Path) else item.audio
+        if not isinstance(item.audio, Path):
+            return item, item.audio
+        return item, as_declared(item.declared, decode(item.audio, params.audio, item.part))
 
     try:
         with ThreadPoolExecutor(params.workers) as pool:
@@ -115,6 +117,16 @@ def decoded(params: PrepareParams) -> Iterator[tuple[Item, Decoded | Quarantine]
             "a process that speaks the synthetic corpus was killed (out of memory?); "
             "run the command again with a smaller prepare.workers"
         ) from error
+
+
+def as_declared(declared: Declared | None, audio: Decoded | Quarantine) -> Decoded | Quarantine:
+    """The audio, unless its file is not what a list says: it was cut, resampled or replaced since."""
+    if declared is None or isinstance(audio, Quarantine) or declared == (audio.rate_hz, audio.file_samples):
+        return audio
+    return Quarantine(
+        f"the file has {audio.file_samples} samples at {audio.rate_hz} Hz, "
+        f"and its list says {declared.file_samples} at {declared.rate_hz} Hz"
+    )
 
 
 def utterance_of(item: Item, audio: Decoded, digest: str) -> Utterance:

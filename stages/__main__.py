@@ -24,6 +24,7 @@ STAGES = {  # in the order of the pipeline, as `decant --help` lists them
     "distill": "one student, from the stores alone",
     "probe": "a frozen model's score on one task",
     "report": "everything on one page",
+    "lhotse": "the manifest and its waveforms, for lhotse",
 }
 
 # What a person typed wrong; typer exports only subclasses of it.

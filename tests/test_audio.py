@@ -250,6 +250,7 @@ def test_a_part_may_be_one_channel_whatever_the_settings_do_with_channels(tmp_pa
     [
         (Part(0.5, 1.01, None), "its segment from 0.5 s to 1.01 s is not inside the 1 s of the file"),
         (Part(1.0, None, None), "its segment from 1 s to 1 s is not inside the 1 s of the file"),
+        (Part(0.0, 1e308, None), "is not inside the 1 s of the file"),
         (Part(-0.5, 0.5, None), "its segment from -0.5 s to 0.5 s is not inside"),
         (Part(0.1, 0.12, None), "too short: 320 samples"),
         (Part(0.0, 1.0, 1), "its channel 1 is not among the 1 of the file, counted from 0"),

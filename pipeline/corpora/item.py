@@ -2,8 +2,16 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from pipeline.audio import Decoded, Part, Quarantine
+
+
+class Declared(NamedTuple):
+    """What a list says of a file; a file that is otherwise is quarantined."""
+
+    rate_hz: int
+    file_samples: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,3 +39,4 @@ class Item:
     """Phones in order, apart by spaces, where their times are not known."""
     part: Part | None = None
     """What of the file is the recording; None is all of it."""
+    declared: Declared | None = None

@@ -22,7 +22,7 @@ from cache.errors import DataError
 from pipeline.audio import Part, Quarantine
 from pipeline.corpora.folder import audio_at, corpus_root, path_in
 from pipeline.corpora.item import Item
-from pipeline.corpora.lists import Line, check_relative, keyed_lines, list_file
+from pipeline.corpora.lists import Line, keyed_lines, list_file, path_inside
 from pipeline.corpora.splits import WithinSpeakers, split_within
 
 ARCHIVE = re.compile(r".+\.ark:\d+")
@@ -138,10 +138,7 @@ def read_wav_scp(root: Path, file: Path) -> dict[str, Path]:
             )
         if source == "-" or ARCHIVE.fullmatch(source):
             raise DataError(f"{line.where}: the audio of {key} is {source!r}, not a file; write it out as WAV or FLAC")
-        path = Path(source)
-        if path.is_absolute() and path.is_relative_to(root.absolute()):
-            path = path.relative_to(root.absolute())
-        files[key] = root / check_relative(str(path) if source else "", f"{line.where}, {key}")
+        files[key] = root / path_inside(root, source, f"{line.where}, {key}")
     return files
 
 

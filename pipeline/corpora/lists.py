@@ -75,3 +75,15 @@ def check_relative(path: str, where: str) -> str:
     if not path or pure.is_absolute() or ".." in pure.parts:
         raise DataError(f"{where}: the path {path!r} leads outside its corpus; make it relative to the root")
     return path
+
+
+def path_inside(root: Path, path: str, where: str) -> str:
+    """A path of a list, relative to the root; one that is absolute may lead into it.
+
+    Raises:
+        DataError: it leads outside.
+    """
+    pure = PurePosixPath(path)
+    if pure.is_absolute() and pure.is_relative_to(root.absolute()):
+        path = str(pure.relative_to(root.absolute()))
+    return check_relative(path, where)

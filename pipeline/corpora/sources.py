@@ -10,6 +10,7 @@ from pipeline.corpora.folder import corpus_root, count_recordings
 from pipeline.corpora.iemocap import SESSIONS, IemocapParams, iemocap_items
 from pipeline.corpora.item import Item
 from pipeline.corpora.kaldi import KaldiParams, kaldi_items
+from pipeline.corpora.lhotse_manifests import LhotseParams, lhotse_items
 from pipeline.corpora.librispeech import LibriSpeechParams, librispeech_items
 from pipeline.corpora.ravdess import RavdessParams, actor_folders, ravdess_items
 from pipeline.corpora.speech_commands import SpeechCommandsParams, speech_commands_items, word_folders
@@ -22,6 +23,7 @@ Source = Annotated[
     EspeakParams
     | IemocapParams
     | KaldiParams
+    | LhotseParams
     | LibriSpeechParams
     | RavdessParams
     | SpeechCommandsParams
@@ -47,6 +49,8 @@ def items_of(corpus: str, source: Source, workers: int) -> Iterator[Item]:
             return kaldi_items(corpus, source)
         case Speechocean762Params():
             return speechocean762_items(corpus, source)
+        case LhotseParams():
+            return lhotse_items(corpus, source)
         case TableParams():
             return table_items(corpus, source)
         case VoxCeleb1Params():
@@ -69,7 +73,7 @@ def count_of(corpus: str, source: Source) -> int:
             )
         case RavdessParams():
             return sum(map(count_recordings, actor_folders(corpus_root(corpus, source.root))))
-        case KaldiParams() | Speechocean762Params() | TableParams():
+        case KaldiParams() | LhotseParams() | Speechocean762Params() | TableParams():
             return sum(1 for _ in items_of(corpus, source, 1))  # lists alone: nothing is decoded
         case VoxCeleb1Params():
             return sum(map(count_recordings, speaker_folders(corpus, corpus_root(corpus, source.root), source)))
