@@ -16,6 +16,7 @@ def main(
     waves: Annotated[Path, typer.Option(help="The receipt of the wave store to write.")],
     quarantine: Annotated[Path, typer.Option(help="Where to list the recordings that cannot be used, and why.")],
     trials: Annotated[Path | None, typer.Option(help="Where to list the trials of speaker verification.")] = None,
+    download: Annotated[bool, typer.Option("--download", help="First fetch open corpora that are missing.")] = False,
     params: Annotated[Path, typer.Option(help="Settings.")] = Path("params.yaml"),
 ) -> None:
     """Read or speak the corpora, bring them to 16 kHz, and write the manifest and the waveforms."""
@@ -28,6 +29,12 @@ def main(
     from stages._progress import progress
 
     settings: PrepareParams = read_params("prepare", PrepareParams, params)
+    if download:
+        from pipeline.corpora.download import download as fetch_missing
+
+        for corpus, source in sorted(settings.sources.items()):
+            for folder in fetch_missing(corpus, source):
+                print(f"fetched {corpus}: {folder}")
     with progress("prepare", total=count_recordings_of(settings), unit="recordings") as tick:
         prepared = prepare(settings, store_root() / "waves", quarantine, tick)
     write_manifest(out, prepared.manifest)

@@ -16,10 +16,22 @@ VARIABLE = re.compile(r"\$(\w+)")
 
 
 def corpus_root(corpus: str, root: str) -> Path:
-    """The folder that the setting `root` of a source means; `$NAME` in it is a variable of the environment.
+    """The folder that the setting `root` of a source means, which is there.
 
     Raises:
-        DataError: the variable is not set, or there is no such folder.
+        DataError: as `expand_root`, or there is no such folder.
+    """
+    folder = expand_root(corpus, root)
+    if not folder.is_dir():
+        raise DataError(f"prepare.sources.{corpus}.root: there is no folder {folder}; correct it or get the corpus")
+    return folder
+
+
+def expand_root(corpus: str, root: str) -> Path:
+    """The place that the setting `root` of a source means; `$NAME` in it is a variable of the environment.
+
+    Raises:
+        DataError: the variable is not set.
         SettingsError: a variable in braces, which `dvc exp run -S` takes for one of its own and fails on.
     """
     if "${" in root:
@@ -32,10 +44,7 @@ def corpus_root(corpus: str, root: str) -> Path:
                 f"prepare.sources.{corpus}.root is {root!r} and the variable {name} is not set; "
                 f"set it to the folder of your corpora (export {name}=...)"
             )
-    folder = Path(VARIABLE.sub(lambda match: os.environ[match[1]], root)).expanduser()
-    if not folder.is_dir():
-        raise DataError(f"prepare.sources.{corpus}.root: there is no folder {folder}; correct it or get the corpus")
-    return folder
+    return Path(VARIABLE.sub(lambda match: os.environ[match[1]], root)).expanduser()
 
 
 def folders(folder: Path) -> list[Path]:
