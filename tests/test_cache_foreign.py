@@ -357,7 +357,6 @@ def test_the_commands_refuse_a_bomb_with_exit_code_4_and_one_line(place, receipt
             [sys.executable, "-c", CLI, str(HEADROOM_BYTES), "cache", command[0], place.name, *command[1:]],
             capture_output=True,
             text=True,
-            timeout=30,
             cwd=Path(__file__).parents[1],
         )
         assert done.returncode == 4, (command, done.stderr)

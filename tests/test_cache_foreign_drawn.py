@@ -1,6 +1,6 @@
 """Stores with drawn lies: whatever a header or a column says, there is an error or what it says is read.
 
-Each attempt runs in a process of its own that may take 96 MB more than it has, and has five seconds.
+Each attempt runs in a process of its own that may take 96 MB more than it has, and has ten seconds of a processor.
 """
 
 import json
