@@ -8,13 +8,12 @@ published.
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, Field
 
-from cache.errors import DataError, ResourceError
+from cache.errors import DataError
 from cache.frames import RATE_HZ
 from cache.manifest import SPLITS, Manifest, Utterance
 from cache.publish import write_json
@@ -107,16 +106,10 @@ def decoded(params: PrepareParams) -> Iterator[tuple[Item, Decoded | Quarantine]
             return item, item.audio
         return item, as_declared(item.declared, decode(item.audio, params.audio, item.part))
 
-    try:
-        with ThreadPoolExecutor(params.workers) as pool:
-            for corpus, source in sorted(params.sources.items()):
-                items = items_of(corpus, source, params.workers)
-                yield from ordered_map(pool, load, items, params.workers * DECODED_AHEAD)
-    except BrokenProcessPool as error:
-        raise ResourceError(
-            "a process that speaks the synthetic corpus was killed (out of memory?); "
-            "run the command again with a smaller prepare.workers"
-        ) from error
+    with ThreadPoolExecutor(params.workers) as pool:
+        for corpus, source in sorted(params.sources.items()):
+            items = items_of(corpus, source, params.workers)
+            yield from ordered_map(pool, load, items, params.workers * DECODED_AHEAD)
 
 
 def as_declared(declared: Declared | None, audio: Decoded | Quarantine) -> Decoded | Quarantine:

@@ -1,6 +1,7 @@
 """decant prepare: sources into a manifest, a wave store and a quarantine."""
 
-import multiprocessing
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -216,8 +217,10 @@ def test_a_speaking_process_that_is_killed_ends_the_run_with_one_line(corpora):
     values = {**settings(corpora).model_dump(mode="json"), "sources": {"speech": source}}
 
     def kill(amount: float, note: str) -> None:
-        for process in multiprocessing.active_children():
-            process.kill()
+        for children in Path(f"/proc/{os.getpid()}/task").glob("*/children"):
+            for pid in map(int, children.read_text().split()):
+                if b"cache.children" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(pid, signal.SIGKILL)
 
     with pytest.raises(ResourceError, match=r"a process that speaks .* was killed .*smaller prepare.workers"):
         prepare(PrepareParams.model_validate(values), corpora / "store" / "waves", corpora / "q.jsonl", kill)

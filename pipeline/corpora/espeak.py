@@ -6,11 +6,7 @@ has its own rate, pitch, level, silence and noise, drawn from a generator seeded
 not depend on how many there are, in which order they are made, or by how many processes.
 """
 
-import multiprocessing
-import os
-import signal
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from hashlib import sha256
 from typing import Literal, NamedTuple
 
@@ -18,18 +14,18 @@ import numpy as np
 from jaxtyping import Float64
 from pydantic import BaseModel, Field
 
-from cache.errors import SettingsError
+from cache.children import Child
+from cache.children import Line as Wire
+from cache.errors import ResourceError, SettingsError
 from cache.frames import FIELD, RATE_HZ
-from cache.process import die_with_parent
 from pipeline.audio import Decoded, to_int16
 from pipeline.corpora.espeak_library import ESPEAK_HZ, SILENCE, Speech, known_variants, speak
 from pipeline.corpora.item import Item
 from pipeline.corpora.sentences import sentences
 from pipeline.corpora.splits import Fractions, split_together
-from pipeline.ordered import ordered_map
 from pipeline.resample import resample
 
-JOBS_AHEAD = 64  # per process
+LINES_AHEAD = 32  # per process: they wait in its pipe, which holds some hundred
 HEADROOM_DB = 6  # espeak-ng speaks at full scale; the noise needs room
 
 
@@ -111,20 +107,32 @@ def espeak_items(corpus: str, params: EspeakParams, workers: int) -> Iterator[It
         SettingsError: settings that cannot be obeyed, or no espeak-ng; the message names the way out.
     """
     check(params)
-    jobs = (Job(corpus, params, line) for line in script(params))
     if workers <= 1:
-        yield from map(make, jobs)
+        yield from (make(Job(corpus, params, line)) for line in script(params))
         return
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=start_process) as pool:
-        yield from ordered_map(pool, make, jobs, workers * JOBS_AHEAD)
+    children: list[Child] = []
+    try:
+        children += [Child(say_lines, (corpus, params), [], "process that speaks") for _ in range(workers)]
+        asked = given = 0
+        for line in script(params):  # utterance k is said by process k mod workers, so they come in order
+            children[asked % workers].send(line)
+            asked += 1
+            if asked - given == workers * LINES_AHEAD:
+                yield children[given % workers].recv()
+                given += 1
+        for number in range(given, asked):
+            yield children[number % workers].recv()
+    except ResourceError as error:
+        raise ResourceError(f"{error}; run the command again with a smaller prepare.workers") from error
+    finally:
+        for child in children:
+            child.kill()
 
 
-def start_process() -> None:
-    """Leave Ctrl-C to the process that asked, end with it, and resample on one thread: there is a process per core."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    die_with_parent()
+def say_lines(wire: Wire, corpus: str, params: EspeakParams) -> None:
+    """A process: lines in, utterances out, until the parent hangs up."""
+    while True:
+        wire.send(make(Job(corpus, params, wire.recv())))
 
 
 def check(params: EspeakParams) -> None:
