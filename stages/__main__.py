@@ -8,6 +8,7 @@ saves its state first and gives 75).
 import os
 import sys
 from importlib import import_module
+from io import TextIOWrapper
 from typing import Any
 
 import typer
@@ -54,6 +55,9 @@ def main() -> None:
     depth = 2 if arguments[:1] == ["cache"] else 1
     stage = " ".join(["decant", *[a for a in arguments[:depth] if a == "cache" or a in STAGES or a in cachectl.NAMES]])
     die_with_parent()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal that knows no "±" gets a "?", and no stage ends for it
+            stream.reconfigure(errors="replace")
     try:
         sys.exit(app(args=arguments, prog_name="decant", standalone_mode=False))
     except DecantError as error:

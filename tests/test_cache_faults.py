@@ -160,6 +160,7 @@ def die_after(commits: int, beat: float, fraction: float) -> tuple[int, float]:
         Journal.append = append
         write_store(store_path("features", HEADER["key"]))
         os.write(telling, b"E")
+        signal.alarm(300)  # not for ever, should the test itself be killed
         signal.pause()
 
     pid = forked(work)

@@ -240,6 +240,7 @@ def test_of_20_parents_killed_none_leaves_a_writer_behind_or_costs_a_committed_s
             def begun(pool, told=told, waits=waits):
                 os.write(told, b"begun")
                 if waits:
+                    signal.alarm(300)  # not for ever, should the test itself be killed
                     signal.pause()
 
             try:

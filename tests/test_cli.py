@@ -140,3 +140,12 @@ def test_the_packages_come_from_this_repository():
 
     for package in (cache, pipeline, stages):
         assert Path(package.__file__).parent.parent == ROOT
+
+
+def test_a_terminal_that_lacks_a_character_ends_no_stage():
+    """`decant report` prints the README's table, with its narrow spaces and plus-minus signs."""
+    code = "import sys; from stages import __main__ as m; sys.argv = ['decant']; m.app = lambda **_: print('1 ± 2'); m.main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}
+    )
+    assert (done.returncode, done.stdout) == (0, b"1 ? 2\n")

@@ -131,6 +131,7 @@ from stages.distill import app
 save = module.save_state
 def stopping(directory, progress, *rest):
     if progress.step >= int(sys.argv[1]):
+        signal.alarm(300)  # not for ever, should the test itself be killed
         signal.pause()  # alive until it is killed, on a machine of any speed
     save(directory, progress, *rest)
 module.save_state = stopping

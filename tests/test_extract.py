@@ -176,6 +176,7 @@ def stopping(self, *row):
     append(self, *row)
     if len(self.rows) == 2:
         print("two", flush=True)
+        signal.alarm(300)  # not for ever, should the test itself be killed
         signal.pause()  # its writing ahead goes on, and no machine is so fast that it ends
 Journal.append = stopping
 app(sys.argv[1:])
