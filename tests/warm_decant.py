@@ -107,6 +107,9 @@ def run(
     caller.close()
     for number, handle in enumerate(streams):
         os.dup2(handle, number)
+    # Made anew: a stream remembers from its making whether it can seek, and these now lead elsewhere.
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
@@ -118,6 +121,7 @@ def run(
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     atexit._run_exitfuncs()
     sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(code)  # tearing down torch takes two seconds
 
 
