@@ -23,6 +23,7 @@ from cache.frames import FrameSpan, frames_of
 from cache.manifest import Manifest
 from cache.ragged import Store
 from pipeline.padding import INT16_SCALE
+from pipeline.teachers.objective import Prediction
 from pipeline.teachers.units import LayerUnits, Units, cluster, mfcc
 
 LOG_STEPS = 25
@@ -89,15 +90,6 @@ class Batch(NamedTuple):
 
     utterances: Int64[np.ndarray, " B"]
     frames: int
-
-
-class Prediction(NamedTuple):
-    """What one batch says about the model."""
-
-    loss: Float[Tensor, ""]
-    """What is minimised."""
-    accuracy: Float[Tensor, ""]
-    """Part of the hidden frames whose unit is named."""
 
 
 class Recordings(Sequence[Int16[np.ndarray, " _"]]):
