@@ -4,7 +4,6 @@ While it trains, its state lies in a hidden sibling of the output, where neither
 on from there, on a CPU bit for bit; a state of other settings, targets or audio is thrown away, and said to be.
 """
 
-import platform
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,17 +18,18 @@ from cache.errors import DataError, DecantError, Interrupted, StoreError
 from cache.frames import RATE_HZ
 from cache.manifest import Manifest
 from cache.process import exclusive
-from cache.publish import digest_file, digest_json, named_io_errors, publish_dir, read_json, write_json
+from cache.publish import digest_file, digest_json, named_io_errors, publish_dir, write_json
 from cache.ragged import Store
 from pipeline.codecs import Decoder
 from pipeline.distill.batches import Batch, BatchReader
 from pipeline.distill.curves import Curves
-from pipeline.distill.interrupt import stop_requested
 from pipeline.distill.learner import Learner, StudentParams, Update
 from pipeline.distill.plan import Item, WithinShards, plan_epoch
-from pipeline.distill.state import Progress, Say, load_state, save_state
+from pipeline.distill.state import Progress, load_state, save_state
+from pipeline.interrupt import stop_requested
 from pipeline.layers.targets import Adopted, Targets, open_targets, targets_json
 from pipeline.ordered import ordered_map
+from pipeline.states import Say, discard_other
 from pipeline.student.checkpoint import save_student
 from pipeline.student.encoder import count_parameters
 
@@ -88,7 +88,7 @@ def distil(
         arrays = list(targets.arrays)
         learner = Learner(params, targets, init, device, Decoder(features, arrays, device))
         splits_read = {n: BatchReader(split, waves, features, arrays) for n, split in splits.items() if len(split)}
-        _discard_other(run, facts, device, say)  # after all checks: a wrong path must not cost a state
+        discard_other(run, facts, device, say)  # after all checks: a wrong path must not cost a state
         with stop_requested() as stopping:
             progress = _train(learner, splits_read, run, readers, stopping, tick, say)
         metrics = {
@@ -107,30 +107,6 @@ def distil(
             write_json(partial / "metrics.json", metrics)
         shutil.rmtree(run)  # only now: until the student is published the state is what a rerun needs
     return metrics
-
-
-def _discard_other(run: Path, facts: dict[str, Any], device: str, say: Say) -> None:
-    """Throw away the state of another training; say where this one goes on under other conditions."""
-    machine = {
-        "torch": torch.__version__,
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "cpu": platform.machine(),
-    }
-    try:
-        before = read_json(run / "run.json")
-    except StoreError:  # absent at the start; or a run was killed while it threw a state away
-        before = {"facts": {}, "machine": machine}
-    if changed := [name for name in facts if before["facts"].get(name) != facts[name]]:
-        if list(run.glob("state-*")):
-            say(f"{run} is of other {' and '.join(changed)}: thrown away, starting at step 0")
-        for path in run.iterdir():
-            if path.name != "lock":
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-    elif before["machine"] != machine:
-        was = [f"{k} {before['machine'].get(k)}, now {v}" for k, v in machine.items() if before["machine"].get(k) != v]
-        say(f"{run} was begun under other conditions ({', '.join(was)}): going on, but not bit for bit")
-    write_json(run / "run.json", {"facts": facts, "machine": machine})
 
 
 def _open_features(
