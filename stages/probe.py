@@ -11,7 +11,7 @@ app = typer.Typer()
 @app.command()
 def main(
     model: Annotated[str, typer.Argument(help="Name of the model, as in features/MODEL.json.")],
-    task: Annotated[str, typer.Argument(help="kws or sid; its settings are probes.TASK of the params file.")],
+    task: Annotated[str, typer.Argument(help="pr, kws, sid or er; its settings are probes.TASK of the params file.")],
     features: Annotated[Path, typer.Option(help="Receipt of the features of the model.")],
     manifest: Annotated[Path, typer.Option(help="The manifest, for labels and splits.")],
     out: Annotated[Path, typer.Option(help="The score, a JSON file.")],
@@ -27,21 +27,18 @@ def main(
     from cache.publish import read_json, write_json
     from cache.receipts import open_receipt
     from pipeline.devices import choose_device
-    from pipeline.tasks.features import pool
-    from pipeline.tasks.labels import labelled_splits, task_named
-    from pipeline.tasks.probe import ProbeParams, probe
+    from pipeline.tasks.labels import task_named
+    from pipeline.tasks.run import Settings, job_of, settings_of
     from stages._params import read_params
     from stages._progress import progress
 
     row = task_named(task)
-    settings: ProbeParams = read_params(f"probes.{task}", ProbeParams, params)
-    utterances = read_manifest(manifest)
-    splits = labelled_splits(utterances, row)
+    settings: Settings = read_params(f"probes.{task}", settings_of(task), params)
+    job = job_of(row, read_manifest(manifest), settings)
     receipt = read_json(features)
-    with progress(f"probe {model} on {task}", total=float(len(splits.ids)), unit="utterances") as tick:
+    with progress(f"probe {model} on {task}", total=job.total, unit=job.unit) as tick:
         store, layers = open_receipt(receipt, verify=True), sorted(receipt["arrays"])
-        pooled = pool(store, layers, utterances, splits.ids, settings.normalise_layers, on_pooled=tick)
-    score = probe(pooled, splits, settings, torch.device(choose_device(device)))
+        score = job.score(store, layers, torch.device(choose_device(device)), tick)
     described = receipt["fingerprint"]["model"]
     write_json(
         out,
@@ -55,9 +52,10 @@ def main(
         },
     )
     spread = "" if score.sd is None else f" ± {100 * score.sd:.1f}"
+    floor = f"chance {100 * score.chance:.1f}" if row.higher_is_better else f"no listening {100 * score.majority:.1f}"
     print(
         f"{model} on {task}: {score.metric} {100 * score.mean:.1f}{spread} % "
-        f"(chance {100 * score.chance:.1f}, lr {score.lr:g}, {len(splits.test)} test utterances)"
+        f"({floor}, lr {score.lr:g}, {score.counts['test']} test utterances)"
     )
     if score.lr_at_edge:
         print(f"the best learning rate {score.lr:g} is at the edge of those tried; widen probes.{task}.lrs")

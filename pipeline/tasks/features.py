@@ -50,7 +50,7 @@ def pool(
     if width is None or not layers:
         raise StoreError(f"the store {store.key} holds no layers; give the receipt of a feature store")
     decode = Decoder(store, layers, "cpu")
-    frames = _checked_frames(store, manifest, ids)
+    frames = checked_frames(store, manifest, ids)
     means = torch.empty(len(ids), len(layers), width)
     for block in _blocks(store, ids, frames, values_per_frame=len(layers) * width):
         encoded, counts = store.read_batch([ids[number] for number in block], layers)
@@ -67,7 +67,7 @@ def pool(
     return PooledFeatures(tuple(ids), tuple(layers), means)
 
 
-def _checked_frames(store: Store, manifest: Manifest, ids: Sequence[str]) -> list[int]:
+def checked_frames(store: Store, manifest: Manifest, ids: Sequence[str]) -> list[int]:
     """Frames of each utterance, once store and manifest agree on them."""
     missing = [utterance_id for utterance_id in ids if utterance_id not in store.index]
     if missing:

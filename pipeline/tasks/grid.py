@@ -3,10 +3,11 @@
 SUPERB scores hinge on the learning rate (SID of HuBERT Base: 67 % at 1e-4, 81 % at 1e-1), so every probe is a sweep.
 Heads are tiny and features are pooled; one at a time, the interpreter would be most of the cost. Here every parameter
 carries two leading axes (N, R), each run keeps its own Adam state, clipping and best checkpoint, and no run can see
-another: a head trained in a grid is the head trained alone.
+another: a head trained in a grid is the head trained alone. `Runs` is what any grid has, `HeadGrid` the one whose
+heads see pooled features (`pipeline.tasks.framegrid` has the one whose heads see frames).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,8 +26,8 @@ class RunScores(NamedTuple):
     loss: Float[Tensor, "N R"]
 
 
-class HeadGrid:
-    """The parameters of N x R heads; a seed starts all its learning rates from the same head."""
+class Runs:
+    """The parameters of N x R heads and their Adam; a seed starts all its learning rates from the same head."""
 
     def __init__(self, heads: Sequence[ProbeHead], rates: Sequence[float], device: torch.device):
         self.rates = torch.tensor(rates, dtype=torch.float32, device=device)  # (R,)
@@ -43,19 +44,8 @@ class HeadGrid:
         }
         self._step = 0
 
-    def logits(self, means: Float[Tensor, "#N B L D"]) -> Float[Tensor, "N R B K"]:
-        """`ProbeHead.pooled` of every run, each seed on its own batch (or all on one)."""
-        at = self.parameters
-        mixed = torch.einsum(
-            "nrl,nbld->nrbd", at["layer_scores"].softmax(-1), means.expand(len(at["layer_scores"]), -1, -1, -1)
-        )
-        projected = mixed @ at["project.weight"].mT + at["project.bias"].unsqueeze(-2)
-        return projected @ at["classify.weight"].mT + at["classify.bias"].unsqueeze(-2)
-
-    def step(self, means: Float[Tensor, "N B L D"], classes: Int64[Tensor, "N B"], clip_norm: float | None) -> None:
-        """One Adam step of every run at its own learning rate."""
-        scores = self.logits(means)  # (N, R, B, K)
-        loss = _cross_entropy(scores, classes[:, None].expand(scores.shape[:-1])).sum()  # a sum: runs do not mix
+    def descend(self, loss: Float[Tensor, ""], clip_norm: float | None) -> None:
+        """One Adam step of every run at its own learning rate, down a loss that is a sum over runs."""
         gradients = dict(zip(self.parameters, torch.autograd.grad(loss, list(self.parameters.values())), strict=True))
         if clip_norm is not None:
             norm = torch.sqrt(sum(gradient.square().flatten(2).sum(-1) for gradient in gradients.values()))  # type: ignore[arg-type]
@@ -70,6 +60,33 @@ class HeadGrid:
                 root = (second / (1 - BETAS[1] ** self._step)).sqrt_().add_(EPSILON)
                 value.sub_(_beside(self.rates[None], value) * first / ((1 - BETAS[0] ** self._step) * root))
 
+    def finite(self) -> Bool[Tensor, "N R"]:
+        """Which runs have not diverged."""
+        return torch.stack([value.detach().isfinite().flatten(2).all(-1) for value in self.parameters.values()]).all(0)
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """A copy of all parameters as they stand."""
+        return {name: value.detach().clone() for name, value in self.parameters.items()}
+
+
+class HeadGrid(Runs):
+    """Heads that see the pooled features of utterances."""
+
+    def logits(self, means: Float[Tensor, "#N B L D"]) -> Float[Tensor, "N R B K"]:
+        """`ProbeHead.pooled` of every run, each seed on its own batch (or all on one)."""
+        at = self.parameters
+        mixed = torch.einsum(
+            "nrl,nbld->nrbd", at["layer_scores"].softmax(-1), means.expand(len(at["layer_scores"]), -1, -1, -1)
+        )
+        projected = mixed @ at["project.weight"].mT + at["project.bias"].unsqueeze(-2)
+        return projected @ at["classify.weight"].mT + at["classify.bias"].unsqueeze(-2)
+
+    def step(self, means: Float[Tensor, "N B L D"], classes: Int64[Tensor, "N B"], clip_norm: float | None) -> None:
+        """One Adam step of every run at its own learning rate."""
+        scores = self.logits(means)  # (N, R, B, K)
+        loss = _cross_entropy(scores, classes[:, None].expand(scores.shape[:-1])).sum()  # a sum: runs do not mix
+        self.descend(loss, clip_norm)
+
     @torch.no_grad()
     def scores(self, means: Float[Tensor, "U L D"], classes: Int64[Tensor, " U"], at_once: int = 256) -> RunScores:
         """Every run on the same utterances."""
@@ -80,10 +97,6 @@ class HeadGrid:
             right = right + (answers.argmax(-1) == target).float().sum(-1)
             loss = loss + _cross_entropy(answers, target) * len(some)
         return RunScores(right / len(means), loss / len(means))
-
-    def snapshot(self) -> dict[str, Tensor]:
-        """A copy of all parameters as they stand."""
-        return {name: value.detach().clone() for name, value in self.parameters.items()}
 
 
 class BestHeads(NamedTuple):
@@ -110,35 +123,51 @@ def train(
     clip_norm: float | None,
     patience: int | None,
 ) -> BestHeads:
-    """Train every run and keep its best dev checkpoint: higher accuracy, then lower cross entropy.
+    """Train every run on pooled features and keep its best dev checkpoint."""
+    means, classes = train_split
+
+    def step() -> None:
+        rows = next(batches).to(means.device)
+        grid.step(means[rows], classes[rows], clip_norm)
+
+    return keep_best(grid, step, lambda: grid.scores(*dev_split), steps, validate_every, patience)
+
+
+def keep_best(
+    runs: Runs,
+    step: Callable[[], None],
+    scores: Callable[[], RunScores],
+    steps: int,
+    validate_every: int,
+    patience: int | None,
+) -> BestHeads:
+    """Take steps and keep every run's best dev checkpoint: higher accuracy, then lower cross entropy.
 
     A run whose last `patience` validations brought nothing better is over: its checkpoint no longer moves.
     """
-    means, classes = train_split
-    device = means.device
-    shape = grid.parameters["layer_scores"].shape[:2]
+    device = runs.rates.device
+    shape = runs.parameters["layer_scores"].shape[:2]
     best = BestHeads(
-        torch.full(shape, -1.0, device=device),
+        torch.full(shape, -torch.inf, device=device),
         torch.full(shape, torch.inf, device=device),
         torch.zeros(shape, dtype=torch.int64, device=device),
-        grid.snapshot(),
+        runs.snapshot(),
     )
     idle = torch.zeros(shape, dtype=torch.int64, device=device)
-    for step in range(1, steps + 1):
-        rows = next(batches).to(device)
-        grid.step(means[rows], classes[rows], clip_norm)
-        if step % validate_every and step != steps:
+    for number in range(1, steps + 1):
+        step()
+        if number % validate_every and number != steps:
             continue
-        now = grid.scores(*dev_split)
+        now = scores()
         better = (now.accuracy > best.accuracy) | ((now.accuracy == best.accuracy) & (now.loss < best.loss))
         if patience is not None:
             better &= idle < patience
         best = BestHeads(
             torch.where(better, now.accuracy, best.accuracy),
             torch.where(better, now.loss, best.loss),
-            torch.where(better, torch.tensor(step, device=device), best.step),
+            torch.where(better, torch.tensor(number, device=device), best.step),
             {
-                name: torch.where(_beside(better, old), grid.parameters[name].detach(), old)
+                name: torch.where(_beside(better, old), runs.parameters[name].detach(), old)
                 for name, old in best.parameters.items()
             },
         )

@@ -6,7 +6,7 @@ and in which split, is written in the manifest by `prepare`, because only the co
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cache.errors import DataError, SettingsError
 from cache.manifest import SPLITS, Manifest, Utterance
@@ -14,7 +14,7 @@ from cache.manifest import SPLITS, Manifest, Utterance
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What is predicted from a whole utterance, and how that is scored."""
+    """What is predicted from an utterance, and how that is scored."""
 
     name: str
     """As in `probes.<name>` of params.yaml and `tasks` of the manifest."""
@@ -29,11 +29,20 @@ class Task:
     label: Callable[[Utterance], str | None]
 
 
+def phones_of(utterance: Utterance) -> str | None:
+    """The phones in order, apart by spaces, from their times or, where those are not known, from the pronunciation."""
+    if utterance.phones is not None:
+        return " ".join(symbol for symbol, _, _ in utterance.phones)
+    return utterance.pronunciation
+
+
 TASKS = {
     task.name: task
     for task in (
+        Task("pr", "Phone recognition", "PR", "PER", False, "phones", phones_of),
         Task("kws", "Keyword spotting", "KS", "accuracy", True, "keyword", lambda utterance: utterance.keyword),
         Task("sid", "Speaker identification", "SID", "accuracy", True, "speaker", lambda utterance: utterance.speaker),
+        Task("er", "Emotion recognition", "ER", "accuracy", True, "emotion", lambda utterance: utterance.emotion),
     )
 }
 
@@ -85,8 +94,38 @@ def task_named(name: str) -> Task:
     return TASKS[name]
 
 
-def labelled_splits(manifest: Manifest, task: Task) -> LabelledSplits:
-    """Sort the utterances that take part in `task` into their splits, and refuse a task that cannot be scored."""
+def folds_of(manifest: Manifest, task: Task) -> tuple[Task, ...]:
+    """The task in each of its folds, `er-1` to `er-N`; the task itself where no utterance names a fold of it.
+
+    Raises:
+        DataError: utterances with and without folds, or a fold missing before the last.
+    """
+    named = {name for utterance in manifest for name in utterance.tasks}
+    prefix = f"{task.name}-"
+    numbers = sorted(
+        int(n) for n in (name.removeprefix(prefix) for name in named if name.startswith(prefix)) if n.isdecimal()
+    )
+    if not numbers:
+        return (task,)
+    if task.name in named:
+        raise DataError(
+            f"some utterances take part in '{task.name}' and others in its folds ('{prefix}{numbers[0]}'), which cannot "
+            "be one score; leave one of the corpora out of `prepare.sources`, or give all of them folds"
+        )
+    if numbers != list(range(1, len(numbers) + 1)) or len(numbers) < 2:
+        raise DataError(
+            f"the folds of task '{task.name}' are {', '.join(map(str, numbers))}; they are numbered from 1 without a gap "
+            "and at least two: correct the folds in `prepare.sources`"
+        )
+    return tuple(replace(task, name=f"{prefix}{number}") for number in numbers)
+
+
+def labels_by_split(manifest: Manifest, task: Task) -> dict[str, list[tuple[str, str]]]:
+    """(id, label) of the utterances that take part in `task`, by split, in manifest order.
+
+    Raises:
+        DataError: nobody takes part, a split is empty, or an utterance has no label.
+    """
     labels: dict[str, list[tuple[str, str]]] = {split: [] for split in SPLITS}
     for utterance in manifest:
         split = utterance.tasks.get(task.name)
@@ -110,6 +149,12 @@ def labelled_splits(manifest: Manifest, task: Task) -> LabelledSplits:
                 f"task '{task.name}' has no {split} utterances; a probe needs train, dev and test: "
                 "change the split fractions of `prepare` or add data"
             )
+    return labels
+
+
+def labelled_splits(manifest: Manifest, task: Task) -> LabelledSplits:
+    """Sort the utterances that take part in `task` into their splits, and refuse a task that cannot be scored."""
+    labels = labels_by_split(manifest, task)
     names = tuple(sorted({label for _, label in labels["train"]}))
     index = {name: number for number, name in enumerate(names)}
     for split in ("dev", "test"):

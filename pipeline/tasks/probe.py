@@ -7,7 +7,6 @@ number as about the model. The test split is looked at once, by the chosen heads
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from statistics import fmean
 
 import torch
@@ -19,6 +18,7 @@ from pipeline.tasks import grid, metrics
 from pipeline.tasks.features import PooledFeatures
 from pipeline.tasks.heads import ProbeHead
 from pipeline.tasks.labels import Examples, LabelledSplits
+from pipeline.tasks.score import ProbeScore, SeedScore
 
 
 class ProbeParams(BaseModel, frozen=True, extra="forbid"):
@@ -44,43 +44,6 @@ class ProbeParams(BaseModel, frozen=True, extra="forbid"):
     """Updates between two looks at the dev split."""
     patience: int | None = Field(ge=1)
     """Validations without a better one after which a run is over; null trains for all steps."""
-
-
-@dataclass(frozen=True, slots=True)
-class SeedScore:
-    """One seed at the chosen learning rate."""
-
-    seed: int
-    best_step: int
-    dev: float
-    test: float
-    layer_weights: tuple[float, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ProbeScore:
-    """What a probe found out about one model on one task."""
-
-    metric: str
-    higher_is_better: bool
-    mean: float
-    sd: float | None
-    interval: metrics.Interval
-    """95 % interval for the number of test utterances, around the mean."""
-    chance: float
-    majority: float
-    lr: float
-    lr_at_edge: bool
-    """The best learning rate is the smallest or largest one tried, so a better one may lie outside."""
-    dev_by_lr: tuple[tuple[float, float], ...]
-    seeds: tuple[SeedScore, ...]
-    layers: tuple[str, ...]
-    layer_weights: tuple[float, ...]
-    """Mean over the seeds."""
-    classes: tuple[str, ...]
-    counts: dict[str, int]
-    confusion: tuple[metrics.Confusion, ...]
-    """Test answers of all seeds together."""
 
 
 def probe(features: PooledFeatures, splits: LabelledSplits, params: ProbeParams, device: torch.device) -> ProbeScore:

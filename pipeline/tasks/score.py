@@ -1,0 +1,87 @@
+"""What a probe found out about one model on one task: facts, written as they stand into the score's JSON."""
+
+from dataclasses import dataclass
+
+from pipeline.tasks.metrics import Confusion, Interval, PhoneErrors
+
+
+@dataclass(frozen=True, slots=True)
+class SeedScore:
+    """One seed at the chosen learning rate."""
+
+    seed: int
+    best_step: int
+    dev: float
+    test: float
+    layer_weights: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What every task tells."""
+
+    metric: str
+    higher_is_better: bool
+    mean: float
+    sd: float | None
+    interval: Interval
+    """95 % interval for the test utterances there are, around the mean."""
+    chance: float
+    """What guessing gives: one over the number of classes; for PER 1, which is saying nothing."""
+    majority: float
+    """What the best answer gives that ignores the audio."""
+    lr: float
+    lr_at_edge: bool
+    """The best learning rate is the smallest or largest one tried, so a better one may lie outside."""
+    dev_by_lr: tuple[tuple[float, float], ...]
+    seeds: tuple[SeedScore, ...]
+    layers: tuple[str, ...]
+    layer_weights: tuple[float, ...]
+    """Mean over the seeds."""
+    classes: tuple[str, ...]
+    """Of a whole utterance, or phones."""
+    counts: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeScore(Score):
+    """A class for every utterance."""
+
+    confusion: tuple[Confusion, ...]
+    """Test answers of all seeds together."""
+
+
+@dataclass(frozen=True, slots=True)
+class PhoneScore(Score):
+    """Phones of every utterance."""
+
+    errors: PhoneErrors
+    """Of all seeds together, on test."""
+    test_phones: int
+    left_out: int
+    """Training utterances that have fewer frames than CTC needs for their phones."""
+
+
+@dataclass(frozen=True, slots=True)
+class FoldScore:
+    """One fold of a task in folds."""
+
+    name: str
+    mean: float
+    lr: float
+    tests: tuple[float, ...]
+    """By seed."""
+    best_steps: tuple[int, ...]
+    """By seed."""
+    counts: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class FoldedScore(Score):
+    """The mean over folds: `lr` is that of most folds, `best_step` of a seed its mean, `counts` are sums.
+
+    Every utterance is in the test of one fold, so `counts["test"]` are different utterances; the others are not.
+    """
+
+    confusion: tuple[Confusion, ...]
+    folds: tuple[FoldScore, ...]
