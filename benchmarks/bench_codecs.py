@@ -44,7 +44,8 @@ from pipeline.distill.batches import BatchReader
 from pipeline.distill.learner import Learner, StudentParams
 from pipeline.distill.plan import plan_epoch
 from pipeline.distill.train import distil
-from pipeline.extract import ExtractParams, Keep, extract
+from pipeline.extract import extract
+from pipeline.extraction.settings import ExtractParams, Keep
 from pipeline.layers.targets import choose_targets, open_init, open_targets
 from pipeline.student.upstream import load_student_upstream
 from pipeline.tasks.features import pool

@@ -31,10 +31,10 @@ from cache.manifest import Manifest, Utterance
 from cache.ragged import Store
 from cache.receipts import make_receipt, open_receipt, store_key
 from cache.waves import WaveWriter
-from pipeline.calibrate import Calibration
 from pipeline.devices import choose_device
-from pipeline.extract import ExtractParams, Keep, extract
-from pipeline.forward import length_batches
+from pipeline.extract import extract
+from pipeline.extraction.settings import Calibration, ExtractParams, Fail, Keep
+from pipeline.extraction.windows import piece_batches
 from pipeline.padding import pad_waves
 from pipeline.teachers.forward import Teacher
 from pipeline.teachers.pinned import Pinned
@@ -113,13 +113,16 @@ class Contest:
             chunk_frames=64,
             shard_frames=16_384,
             batch_seconds=30.0 if device == "cpu" else 160.0,
+            long=Fail(kind="fail", max_sec=60.0),
             calibration=Calibration(seconds=20, seed=0),
         )
         self.version = 0
         self.batches = []
         for begin in self.shards():
-            for batch in length_batches(self.manifest, begin, self.params.batch_seconds):
-                padded, samples = pad_waves([self.waves.read("wave", self.manifest[u].id) for u in batch])
+            for batch in piece_batches(self.manifest, begin, self.params.long, self.params.batch_seconds):
+                padded, samples = pad_waves(
+                    [self.waves.read("wave", self.manifest[piece.utterance].id) for piece in batch]
+                )
                 self.batches.append((padded.to(device), samples.to(device)))
 
     def shards(self) -> list[range]:

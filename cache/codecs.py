@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Shaped, UInt8, UInt16
+from jaxtyping import Bool, Float32, Shaped, UInt8, UInt16
 
 CODEWORDS = 256  # entries of a codebook: one byte
 INT8_PEAK = 127
 SCALE_BYTES = 2  # of int8: a float16 after the values of each frame
 
+BFLOAT16_EXPONENT = np.uint16(0x7F80)  # all ones: infinite, or no number
 MAX_SWEEPS = 4  # of choosing codewords; a fifth changes no digit of the error that is printed
 
 Tables = dict[str, Float32[np.ndarray, "..."]]
@@ -81,8 +82,22 @@ def encode(frames: Float32[np.ndarray, "*B D"], codec: Codec, tables: Tables) ->
     if not codec.tables:
         with np.errstate(over="ignore"):  # infinite in float16: extraction refuses such frames
             return frames.astype(codec.dtype)
-    standard = (frames - tables["mean"]) / tables["std"]
+    with np.errstate(invalid="ignore"):
+        standard = (frames - tables["mean"]) / tables["std"]
     return _choose_codewords(standard, tables["codebooks"]) if codec.codebooks else _to_int8(standard)
+
+
+def can_hold(
+    frames: Float32[np.ndarray, "*B D"], rows: Shaped[np.ndarray, "*B W"], codec: Codec
+) -> Bool[np.ndarray, "*B"]:
+    """Which frames became rows that decode to finite numbers; codewords always do, whatever they stand for."""
+    if codec.codebooks:
+        return np.isfinite(frames).all(-1)
+    if codec.name == "int8":
+        return np.isfinite(np.ascontiguousarray(rows[..., -SCALE_BYTES:]).view("<f2")[..., 0])
+    if codec.name == "bfloat16":
+        return ((rows & BFLOAT16_EXPONENT) != BFLOAT16_EXPONENT).all(-1)
+    return np.isfinite(rows).all(-1)
 
 
 def decode(rows: Shaped[np.ndarray, "*B W"], codec: Codec, tables: Tables) -> Float32[np.ndarray, "*B D"]:
@@ -113,16 +128,23 @@ def _to_bfloat16(frames: Float32[np.ndarray, "*B D"]) -> UInt16[np.ndarray, "*B 
 def _to_int8(standard: Float32[np.ndarray, "*B D"]) -> UInt8[np.ndarray, "*B W"]:
     """Symmetric, one scale a frame: the largest magnitude over 127, rounded up to a float16 so that nothing is clipped."""
     peak = np.abs(standard).max(-1, keepdims=True)
-    with np.errstate(over="ignore"):  # an infinite scale is what extraction looks for
+    with np.errstate(over="ignore", invalid="ignore"):  # a scale that is not finite is what extraction looks for
         scale = (peak / np.float32(INT8_PEAK)).astype(np.float16)
-    low = scale.astype(np.float32) * np.float32(INT8_PEAK) < peak
-    scale = (scale.view(np.int16) + low).astype(np.int16).view(np.float16)
-    step = np.where(scale == 0, np.float32(1), scale.astype(np.float32))
-    codes = np.rint(standard / step).astype(np.int8).view(np.uint8)
+        low = scale.astype(np.float32) * np.float32(INT8_PEAK) < peak
+        scale = (scale.view(np.int16) + low).astype(np.int16).view(np.float16)
+        step = np.where(scale == 0, np.float32(1), scale.astype(np.float32))
+        codes = np.rint(standard / step).astype(np.int8).view(np.uint8)
     return np.concatenate([codes, scale.astype("<f2").view(np.uint8)], axis=-1)
 
 
 def _choose_codewords(
+    standard: Float32[np.ndarray, "*B D"], codebooks: Float32[np.ndarray, "M 256 D"]
+) -> UInt8[np.ndarray, "*B M"]:
+    with np.errstate(over="ignore", invalid="ignore"):  # `can_hold` tells frames that are not finite
+        return _nearest_sum(standard, codebooks)
+
+
+def _nearest_sum(
     standard: Float32[np.ndarray, "*B D"], codebooks: Float32[np.ndarray, "M 256 D"]
 ) -> UInt8[np.ndarray, "*B M"]:
     left = standard.reshape(-1, standard.shape[-1]).copy()  # what the chosen entries leave over

@@ -1,6 +1,5 @@
 """A store root and receipt files in, which stores, arrays and receipts there are out."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from cache.errors import StoreError
 from cache.findings import Finding
 from cache.header import FORMAT
 from cache.journal import read_journal
+from cache.names import keeps_layers
 from cache.publish import read_json
 from cache.ragged import Store
 from cache.receipts import array_digest, files_of, store_key, store_path
@@ -48,7 +48,7 @@ def arrays_of(store: Store) -> list[str]:
 
 def is_array_name(array: str) -> bool:
     """Whether a store may have an array of this name."""
-    return re.fullmatch(r"wave|layer-\d{2,}", array) is not None
+    return array == "wave" or keeps_layers(array)
 
 
 def is_complete(store: Store) -> bool:

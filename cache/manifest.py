@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from cache.errors import DataError
-from cache.frames import FIELD, num_frames
+from cache.frames import FIELD, RATE_HZ, num_frames
 from cache.publish import digest_bytes, digest_json, publish_file
 
 SPLITS = ("train", "dev", "test")
@@ -99,6 +99,10 @@ class Manifest:
         """The utterances of a pretraining split and/or those that take part in a probe task, order kept."""
         chosen = (u for u in self.utterances if split is None or u.split == split)
         return Manifest(tuple(u for u in chosen if task is None or task in u.tasks))
+
+    def up_to(self, max_sec: float) -> "Manifest":
+        """The utterances that are not longer than `max_sec`, order kept."""
+        return Manifest(tuple(u for u in self.utterances if u.samples <= int(max_sec * RATE_HZ)))
 
     def labelled(self) -> "Manifest":
         """The utterances that take part in any probe task, order kept."""

@@ -28,16 +28,6 @@ from cache.tables import read_tables
 from cache.zarrshard import ArraySpec, Grid
 
 
-def layer_name(layer: int) -> str:
-    """Name of the array that holds one layer: layer 0 is the input of the first block."""
-    return f"layer-{layer:02d}"
-
-
-def layer_of(name: str) -> int:
-    """The layer an array's name stands for."""
-    return int(name.removeprefix("layer-"))
-
-
 class Store:
     """A store, read-only: what utterances it has and the rows of each.
 

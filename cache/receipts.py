@@ -13,6 +13,7 @@ from typing import Any
 from cache.errors import StoreError
 from cache.header import FORMAT, REMEDY, check_array, journal_limit
 from cache.journal import Journal
+from cache.names import keeps_layers, layers_of
 from cache.places import RemotePath, local, place_of
 from cache.publish import digest_json, read_json
 from cache.ragged import Store
@@ -98,6 +99,8 @@ def _describe(store: Store, journal: Journal, array: str) -> dict[str, Any]:
             raise StoreError(f"{path} was committed with {row[0]} bytes and its utterances take {want}; {REMEDY}")
         shards.append([row[0], row[1]])
     described: dict[str, Any] = {"width": store.width, "codec": store.codec, "shards": shards}
+    if keeps_layers(array) and len(layers := layers_of(array)) > 1:
+        described["mean_of_layers"] = list(layers)
     if names := table_names(spec):
         there = describe_tables(store.place, spec)
         for table, name in names.items():

@@ -11,52 +11,42 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float, Int64
-from pydantic import BaseModel, Field
 from torch import Tensor
 
 from cache.codecs import CODEWORDS, Codec, Tables
 from cache.errors import DataError, SettingsError
 from cache.manifest import Manifest
-from cache.ragged import Store, layer_of
-from pipeline.forward import forward_batches
+from cache.ragged import Store
+from pipeline.extraction.settings import Long
+from pipeline.forward import forward_batches, mean_of
 from pipeline.upstream import Upstream
 
 STD_FLOOR = 0.01  # of the root mean square over channels: a silent channel must not decide a frame's scale
 LLOYD_STEPS = 20
 FRAMES_PER_CODEWORD = 4  # fewer than this and a codebook only learns its sample by heart
-
-
 SAMPLE_BYTES = 2**31  # of layers held at a time
 
 
-class Calibration(BaseModel, frozen=True, extra="forbid"):
-    """The sample that a codec is fitted to."""
-
-    seconds: float = Field(gt=0)
-    """Audio: 800 s are 40 000 frames."""
-    seed: int = Field(ge=0)
-    """Of the draw of utterances, and of codebooks."""
-
-
-def sample_layers(
+def sample_arrays(
     upstream: Upstream,
     manifest: Manifest,
     waves: Store,
     utterances: Sequence[int],
     arrays: Sequence[str],
+    long: Long,
     batch_seconds: float,
     device: str,
 ) -> Iterator[tuple[str, Float[Tensor, "F D"]]]:
-    """All frames of some utterances, layer after layer; as many layers in one pass as fit into `SAMPLE_BYTES`."""
+    """All frames of some utterances, array after array; as many arrays in one pass as fit into `SAMPLE_BYTES`."""
     num_frames = sum(manifest[u].num_frames for u in utterances)
     at_once = max(1, SAMPLE_BYTES // (4 * num_frames * upstream.width))
     for begin in range(0, len(arrays), at_once):
         some = arrays[begin : begin + at_once]
         held: dict[str, list[Tensor]] = {name: [] for name in some}
-        for batch in forward_batches(upstream, manifest, waves, utterances, batch_seconds, device):
+        for pieces, layers in forward_batches(upstream, manifest, waves, utterances, long, batch_seconds, device):
             for name, frames in held.items():
-                layer = batch.layers[layer_of(name)]
-                frames += [layer[b, :count].float() for b, count in enumerate(batch.counts)]
+                kept = mean_of(layers, name)
+                frames += [kept[b, piece.kept] for b, piece in enumerate(pieces)]
         for name in some:
             yield name, torch.cat(held.pop(name))
 

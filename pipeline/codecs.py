@@ -6,15 +6,12 @@ rows and not float32 frames cross to the host while extracting, and back while t
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Shaped, UInt8
 from torch import Tensor
 
 from cache.codecs import CODEWORDS, INT8_PEAK, MAX_SWEEPS, SCALE_BYTES, Codec, Tables
 from cache.ragged import Store
-
-FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 DeviceTables = dict[str, Tensor]
 
@@ -35,13 +32,13 @@ def encode(frames: Float[Tensor, "*B D"], codec: Codec, tables: DeviceTables) ->
     return choose_codewords(standard, tables["codebooks"]) if codec.codebooks else _to_int8(standard)
 
 
-def can_hold(frames: Float[Tensor, "*B D"], codec: Codec, tables: DeviceTables) -> Bool[Tensor, "*B"]:
-    """Which frames the codec keeps as finite numbers."""
-    if codec.name == "float16":
-        return frames.abs().amax(-1) < FLOAT16_MAX  # false for NaN, too
+def can_hold(frames: Float[Tensor, "*B D"], rows: Shaped[Tensor, "*B W"], codec: Codec) -> Bool[Tensor, "*B"]:
+    """Which frames became rows that decode to finite numbers."""
+    if codec.codebooks:
+        return frames.isfinite().all(-1)
     if codec.name == "int8":
-        return ((frames - tables["mean"]) / tables["std"]).abs().amax(-1) < INT8_PEAK * FLOAT16_MAX
-    return frames.isfinite().all(-1)
+        return rows[..., -SCALE_BYTES:].contiguous().view(torch.float16).isfinite().all(-1)
+    return (rows.view(torch.bfloat16) if codec.name == "bfloat16" else rows).isfinite().all(-1)
 
 
 def _to_int8(standard: Float[Tensor, "*B D"]) -> UInt8[Tensor, "*B W"]:

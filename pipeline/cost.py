@@ -5,20 +5,22 @@ and encoded as extraction does it.
 """
 
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from cache.codecs import CODECS
-from cache.frames import RATE_HZ, frames_of
+from cache.frames import RATE_HZ
 from cache.manifest import Manifest
-from cache.plan import plan_rows
+from cache.names import array_name
 from cache.ragged import Store
 from cache.tables import tables_bytes
-from cache.zarrshard import ArraySpec, Grid, shard_bytes
+from cache.zarrshard import ArraySpec, shard_bytes
 from pipeline.codecs import encode
-from pipeline.extract import ExtractParams, Keep, kept_layers
-from pipeline.forward import draw_utterances, forward_batches
+from pipeline.extraction.job import Job, plan_job
+from pipeline.extraction.settings import ExtractParams, Keep
+from pipeline.forward import Forwarded, draw_utterances, forward_batches, mean_of
 from pipeline.upstream import Upstream
 
 OTHERS = ("float32", "float16", "int8", "mvq16")  # shown beside the codec that is set
@@ -28,7 +30,8 @@ OTHERS = ("float32", "float16", "int8", "mvq16")  # shown beside the codec that 
 class Choice:
     """One way to keep a model's layers, and what it takes on the disk."""
 
-    layers: tuple[int, ...]
+    arrays: tuple[str, ...]
+    """Names of what is kept: layers, or means of layers."""
     codec: str
     bytes: int
     files: int
@@ -75,50 +78,44 @@ def cost_of(
         sample_seconds: audio to time, drawn over all utterances; a first batch of it warms up and is not counted.
         seed: of the draw.
     """
-    chosen = manifest if keep.select == "all" else manifest.labelled()
-    plan = plan_rows(frames_of(chosen.samples), params.shard_frames)
-    grid = Grid(params.chunk_frames, params.shard_frames)
-    layers, every = tuple(kept_layers(keep, upstream)), tuple(range(upstream.num_layers))
+    job = plan_job(upstream, manifest, params, keep, device)
+    plan, every = job.plan, tuple(array_name(layer) for layer in range(upstream.num_layers))
 
-    def choice(kept: tuple[int, ...], codec: str) -> Choice:
+    def choice(kept: tuple[str, ...], codec: str) -> Choice:
         spec = ArraySpec("layer", upstream.width, codec)
-        one = sum(shard_bytes(plan.used_rows(shard), spec, grid) for shard in range(plan.num_shards))
+        one = sum(shard_bytes(plan.used_rows(shard), spec, job.grid) for shard in range(plan.num_shards))
         return Choice(kept, codec, len(kept) * (one + tables_bytes(spec)), len(kept) * plan.num_shards)
 
-    others = {(kept, codec) for kept in (layers, every, every[-1:]) for codec in OTHERS} - {(layers, params.codec)}
-    sample, rate = timed_sample(upstream, chosen, waves, params, layers, device, sample_seconds, seed)
+    others = {(kept, codec) for kept in (job.arrays, every, every[-1:]) for codec in OTHERS}
+    others.discard((job.arrays, params.codec))
+    sample, rate = timed_sample(upstream, job, waves, sample_seconds, seed)
     return Cost(
-        chosen=choice(layers, params.codec),
+        chosen=choice(job.arrays, params.codec),
         alternatives=tuple(choice(*other) for other in sorted(others, key=lambda o: (len(o[0]), o[1]))),
-        utterances=len(chosen),
-        hours_of_audio=float(chosen.samples.sum()) / RATE_HZ / 3600,
+        utterances=len(job.manifest),
+        hours_of_audio=float(job.manifest.samples.sum()) / RATE_HZ / 3600,
         rate=rate,
         sample_seconds=sample,
     )
 
 
-def timed_sample(
-    upstream: Upstream,
-    manifest: Manifest,
-    waves: Store,
-    params: ExtractParams,
-    layers: tuple[int, ...],
-    device: str,
-    sample_seconds: float,
-    seed: int,
-) -> tuple[float, float]:
+def timed_sample(upstream: Upstream, job: Job, waves: Store, sample_seconds: float, seed: int) -> tuple[float, float]:
     """Seconds of audio drawn, and audio-seconds per second of forward and encoding over them."""
-    drawn = draw_utterances(manifest, sample_seconds, seed)
-    sample = Manifest(tuple(manifest[u] for u in drawn))
-    codec = CODECS[params.codec]
+    params, codec = job.params, CODECS[job.params.codec]
+    drawn = draw_utterances(job.manifest, sample_seconds, seed)
+    sample = Manifest(tuple(job.manifest[u] for u in drawn))
     generator = torch.Generator().manual_seed(seed)
     tables = {t: torch.randn(codec.table_shape(t, upstream.width), generator=generator) for t in codec.tables}
-    tables = {name: table.abs().to(device) for name, table in tables.items()}  # cost the same as fitted ones
-    for _ in forward_batches(upstream, sample, waves, [int(sample.samples.argmin())], params.batch_seconds, device):
+    tables = {name: table.abs().to(job.device) for name, table in tables.items()}  # cost the same as fitted ones
+
+    def forward(utterances: Iterable[int]) -> Iterator[Forwarded]:
+        return forward_batches(upstream, sample, waves, utterances, params.long, params.batch_seconds, job.device)
+
+    for _ in forward([int(sample.samples.argmin())]):
         pass  # warms up
     start = time.perf_counter()
-    for batch in forward_batches(upstream, sample, waves, range(len(sample)), params.batch_seconds, device):
-        for layer in layers:  # the copy to the host waits for the device
-            encode(batch.layers[layer], codec, tables).cpu()
+    for batch in forward(range(len(sample))):
+        for array in job.arrays:  # the copy to the host waits for the device
+            encode(mean_of(batch.layers, array), codec, tables).cpu()
     seconds = float(sample.samples.sum()) / RATE_HZ
     return seconds, seconds / (time.perf_counter() - start)

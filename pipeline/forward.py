@@ -1,33 +1,44 @@
 """A model and some utterances of a manifest in, their layers out, one padded batch after another.
 
-Batches are made by length, longest first, as a pure function of the utterances: who runs them again meets the same ones.
+Waveforms are read and padded in a thread, a few batches before the model needs them.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from cache.errors import DataError
 from cache.frames import RATE_HZ
 from cache.manifest import Manifest
+from cache.names import layers_of
 from cache.ragged import Store
+from pipeline.extraction.ahead import ahead
+from pipeline.extraction.settings import Long
+from pipeline.extraction.windows import Piece, piece_batches
 from pipeline.padding import pad_waves
 from pipeline.upstream import Upstream
 
+BATCHES_AHEAD = 3
+
 
 class Forwarded(NamedTuple):
-    """One batch of B utterances through a model."""
+    """One batch of B pieces of utterances through a model."""
 
-    utterances: list[int]
-    """Their numbers in the manifest."""
-    counts: list[int]
-    """Frames of each."""
+    pieces: list[Piece]
     layers: list[Float[Tensor, "B T D"]]
-    """All layers, on the model's device; what follows an utterance's frames is undefined."""
+    """All layers, on the model's device; what follows the frames of a piece is undefined."""
+
+
+class Padded(NamedTuple):
+    """One batch of B pieces, on the host."""
+
+    pieces: list[Piece]
+    waves: Float[Tensor, "B S"]
+    samples: Int64[Tensor, " B"]
 
 
 def forward_batches(
@@ -35,6 +46,7 @@ def forward_batches(
     manifest: Manifest,
     waves: Store,
     utterances: Iterable[int],
+    long: Long,
     batch_seconds: float,
     device: str,
 ) -> Iterator[Forwarded]:
@@ -43,29 +55,33 @@ def forward_batches(
     Raises:
         DataError: the model gives fewer frames than the manifest says.
     """
-    for batch in length_batches(manifest, utterances, batch_seconds):
-        padded, samples = pad_waves([waves.read("wave", manifest[u].id) for u in batch])
+    batches = piece_batches(manifest, utterances, long, batch_seconds)
+    for pieces, padded, samples in ahead(read_batches(manifest, waves, batches, device), BATCHES_AHEAD):
         with torch.inference_mode():
-            layers = upstream.layers(padded.to(device), samples.to(device))
-        counts = [manifest[u].num_frames for u in batch]
-        if (got := layers[0].shape[1]) < max(counts):
+            layers = upstream.layers(padded.to(device, non_blocking=True), samples.to(device, non_blocking=True))
+        if (got := layers[0].shape[1]) < (due := max(p.kept.stop for p in pieces)):
             raise DataError(
-                f"{manifest[batch[0]].id}: the model gave {got} frames and the manifest says {max(counts)}; "
+                f"{manifest[pieces[0].utterance].id}: the model gave {got} frames and the manifest says {due}; "
                 "is its hop 320 samples?"
             )
-        yield Forwarded(batch, counts, layers)
+        yield Forwarded(pieces, layers)
 
 
-def length_batches(manifest: Manifest, utterances: Iterable[int], batch_seconds: float) -> Iterator[list[int]]:
-    """Utterances by length, longest first, in batches of at most `batch_seconds` of padded audio."""
-    budget = batch_seconds * RATE_HZ
-    batch: list[int] = []
-    for u in sorted(utterances, key=lambda u: (-manifest[u].samples, u)):
-        if batch and (len(batch) + 1) * manifest[batch[0]].samples > budget:
-            yield batch
-            batch = []
-        batch.append(u)
-    yield batch
+def read_batches(manifest: Manifest, waves: Store, batches: Iterable[list[Piece]], device: str) -> Iterator[Padded]:
+    """Waveforms of planned batches, padded; in pinned memory where a CUDA device will fetch them."""
+    for pieces in batches:
+        padded, samples = pad_waves([waves.read("wave", manifest[p.utterance].id)[p.samples] for p in pieces])
+        yield (
+            Padded(pieces, padded.pin_memory(), samples.pin_memory())
+            if device.startswith("cuda")
+            else Padded(pieces, padded, samples)
+        )
+
+
+def mean_of(layers: Sequence[Float[Tensor, "B T D"]], array: str) -> Float[Tensor, "B T D"]:
+    """What an array keeps: a layer, or the mean of several, in float32."""
+    first, *others = (layers[layer].float() for layer in layers_of(array))
+    return sum(others, first) / (1 + len(others)) if others else first
 
 
 def draw_utterances(manifest: Manifest, seconds: float, seed: int) -> list[int]:

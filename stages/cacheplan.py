@@ -7,7 +7,12 @@ import typer
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="A teacher's or student's folder, or the JSON of a log-mel baseline.")],
+    model: Annotated[
+        list[Path],
+        typer.Option(
+            help="A teacher's or student's folder, or the JSON of a log-mel baseline; several for their mean."
+        ),
+    ],
     manifest: Annotated[Path, typer.Option(help="Which utterances.")],
     waves: Annotated[Path, typer.Option(help="Receipt of the wave store.")],
     keep: Annotated[str, typer.Option(help="Key in the params file of what to keep, e.g. teachers.hubert.keep.")],
@@ -28,12 +33,12 @@ def main(
     from pipeline.devices import choose_device
     from pipeline.extract import ExtractParams, Keep
     from stages._params import read_params
-    from stages.extract import open_model
+    from stages.extract import open_models
 
     settings: ExtractParams = read_params("extract", ExtractParams, params)
     what: Keep = read_params(keep, Keep, params)
     utterances, store, place = read_manifest(manifest), open_receipt(waves), choose_device(device)
-    cost = cost_of(open_model(model, place), utterances, store, settings, what, place, sample_sec, seed=0)
+    cost = cost_of(open_models(model, place), utterances, store, settings, what, place, sample_sec, seed=0)
     root = store_root()
     root.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(root).free
@@ -47,8 +52,9 @@ def main(
         for choice in (cost.chosen, *cost.alternatives):
             mark = "*" if choice is cost.chosen else " "
             fits = "" if choice.bytes <= free else "   does not fit"
-            layers = ", ".join(map(str, choice.layers)) if len(choice.layers) < 8 else f"all {len(choice.layers)}"
-            print(f"{mark:2}{layers:<24}{choice.codec:<10}{choice.bytes / 1e9:>12,.3f}{choice.files:>10,}{fits}")
+            names = [name.removeprefix("layer-") for name in choice.arrays]
+            kept = ", ".join(names) if len(names) < 8 else f"all {len(names)}"
+            print(f"{mark:2}{kept:<24}{choice.codec:<10}{choice.bytes / 1e9:>12,.3f}{choice.files:>10,}{fits}")
     if cost.chosen.bytes > free:
         raise ResourceError(
             f"{root} has {free / 1e9:,.2f} GB free and {keep} takes {cost.chosen.bytes / 1e9:,.2f} GB; "

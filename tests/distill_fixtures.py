@@ -15,8 +15,8 @@ from cache.manifest import Manifest, Utterance, write_manifest
 from cache.publish import write_json
 from cache.receipts import make_receipt, open_receipt, store_key, store_path
 from cache.waves import WaveWriter
-from pipeline.calibrate import Calibration
-from pipeline.extract import ExtractParams, Keep, extract
+from pipeline.extract import extract
+from pipeline.extraction.settings import Calibration, ExtractParams, Fail, Keep
 from pipeline.student.checkpoint import save_student
 from pipeline.student.encoder import Encoder, initialise
 from pipeline.student.shape import EncoderShape
@@ -67,6 +67,7 @@ EXTRACT = ExtractParams(
     chunk_frames=16,
     shard_frames=256,
     batch_seconds=4.0,
+    long=Fail(kind="fail", max_sec=60.0),
     calibration=SAMPLE,
 )
 

@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 
 from benchmarks import bench_plan, scale_table
-from pipeline.extract import ExtractParams
+from pipeline.extraction.settings import ExtractParams
 
 PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
 

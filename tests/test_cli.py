@@ -64,7 +64,7 @@ def paths(tmp_path, **changes):
 
 
 EXTRACT = (
-    "{version: 1, codec: float16, chunk_frames: 64, shard_frames: 8192, batch_seconds: 30, "
+    "{version: 1, codec: float16, chunk_frames: 64, shard_frames: 8192, batch_seconds: 30, long: {kind: fail, max_sec: 60}, "
     "calibration: {seconds: 60, seed: 0}}"
 )
 KEEP = "{layers: all, select: all}"
@@ -77,7 +77,7 @@ KEEP = "{layers: all, select: all}"
         ("extract: [", 2, "is not valid YAML"),
         ("extrakt: {}", 2, "extract is not set: the top level has extrakt (did you mean extrakt?)"),
         (f"extract: {EXTRACT[:-1]}, codecs: 1}}", 2, "extract.codecs is not a setting; known are version, codec"),
-        ("extract: {version: 1}", 2, "extract.codec is missing; settings have no defaults, write it out (and 4 more)"),
+        ("extract: {version: 1}", 2, "extract.codec is missing; settings have no defaults, write it out (and 5 more)"),
         (
             f"extract: {EXTRACT.replace('float16', 'float8')}",
             2,

@@ -17,9 +17,9 @@ from cache.receipts import make_receipt, open_receipt
 from cache.repair import repair_store
 from cache.verify import verify_store
 from pipeline import extract as extraction
-from pipeline.calibrate import Calibration
 from pipeline.codecs import Decoder
-from pipeline.extract import ExtractParams, Keep, extract
+from pipeline.extract import extract
+from pipeline.extraction.settings import Calibration, ExtractParams, Fail, Keep
 from pipeline.tasks.features import pool
 from tests.conftest import make_tiny_corpus
 
@@ -58,6 +58,7 @@ def run(corpus, codec, layers="all", seconds=60, model=None, tick=lambda *_, **_
         chunk_frames=16,
         shard_frames=512,
         batch_seconds=9.0,
+        long=Fail(kind="fail", max_sec=60.0),
         calibration=Calibration(seconds=seconds, seed=0),
     )
     keep = Keep(layers=layers, select="all")

@@ -228,7 +228,11 @@ def test_what_a_codec_cannot_hold_is_told_before_it_is_written(name):
     codec, tables = CODECS[name], tables_of(CODECS[name], 4)
     frames = np.ones((4, 4), dtype=np.float32)
     frames[1, 2], frames[2, 0], frames[3, 3] = np.nan, np.inf, 3e38
-    held = on_device.can_hold(torch.from_numpy(frames), codec, on_device.to_device(tables, "cpu")).tolist()
+    rows = codecs.encode(frames, codec, tables)
+    held = codecs.can_hold(frames, rows, codec).tolist()
+    theirs = torch.from_numpy(frames)
+    encoded = on_device.encode(theirs, codec, on_device.to_device(tables, "cpu"))
+    assert on_device.can_hold(theirs, encoded, codec).tolist() == held
     assert held[:3] == [True, False, False]
     assert held[3] is (name not in ("float16", "int8"))
     if not codec.codebooks:

@@ -6,9 +6,9 @@ import pytest
 
 from cache.errors import ResourceError
 from cache.receipts import open_receipt
-from pipeline.calibrate import Calibration
 from pipeline.cost import cost_of
-from pipeline.extract import ExtractParams, Keep, extract
+from pipeline.extract import extract
+from pipeline.extraction.settings import Calibration, ExtractParams, Fail, Keep
 from pipeline.logmel import load_logmel
 from stages.cacheplan import main
 
@@ -30,6 +30,7 @@ def test_planned_bytes_and_files_are_those_written(tiny_corpus, logmel, codec, s
         chunk_frames=16,
         shard_frames=shard_frames,
         batch_seconds=4.0,
+        long=Fail(kind="fail", max_sec=60.0),
         calibration=SAMPLE,
     )
     keep = Keep(layers="all", select="all")
@@ -40,7 +41,7 @@ def test_planned_bytes_and_files_are_those_written(tiny_corpus, logmel, codec, s
     assert len(tables) == (2 if codec == "int8" else 0)
     assert cost.chosen.bytes == receipt["bytes"] == sum(f.stat().st_size for f in files + tables)
     assert cost.chosen.files == len(files)
-    sizes = {c.codec: c.bytes for c in (*cost.alternatives, cost.chosen) if c.layers == cost.chosen.layers}
+    sizes = {c.codec: c.bytes for c in (*cost.alternatives, cost.chosen) if c.arrays == cost.chosen.arrays}
     assert sorted(sizes, key=sizes.__getitem__) in (
         ["int8", "float16", "float32", "mvq16"],  # of so little audio: its codebooks are larger than the frames
         ["int8", "float16", "mvq16", "float32"],
@@ -50,11 +51,11 @@ def test_planned_bytes_and_files_are_those_written(tiny_corpus, logmel, codec, s
 
 
 def test_what_does_not_fit_is_printed_and_refused(tiny_corpus, logmel, tmp_path, monkeypatch, capsys):
-    settings = "{version: 1, codec: float16, chunk_frames: 64, shard_frames: 8192, batch_seconds: 30"
+    settings = "{version: 1, codec: float16, chunk_frames: 64, shard_frames: 8192, batch_seconds: 30, long: {kind: fail, max_sec: 60}"
     settings += ", calibration: {seconds: 60, seed: 0}}"
     (tmp_path / "params.yaml").write_text(f"extract: {settings}\nkeep: {{layers: all, select: all}}\n")
     places = (
-        tmp_path / "logmel.json",
+        [tmp_path / "logmel.json"],
         tiny_corpus.manifest_path,
         tiny_corpus.waves_path,
         "keep",

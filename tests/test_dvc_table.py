@@ -29,9 +29,12 @@ def small_params():
     params["prepare"]["workers"] = 1
     hubert = params["teachers"]["hubert"]
     hubert["source"]["shape"].update(SIZES, layers=2, heads=2)
-    first = {**hubert["source"]["iterations"][0], "clusters": 4, "steps": 2}
-    hubert["source"].update(iterations=[first], batch_seconds=2.0, fit_frames=500)
+    rounds = [{**hubert["source"]["objective"]["iterations"][0], "clusters": 4}]
+    objective = {**hubert["source"]["objective"], "iterations": rounds, "fit_frames": 500}
+    hubert["source"].update(objective=objective, steps=[2], batch_seconds=2.0)
     params["teachers"] = {name: seeded(hubert, seed) for seed, name in enumerate(("first", "second", "spare"))}
+    spare = params["teachers"]["spare"]
+    spare["starts_from"], spare["source"]["shape"] = "data/teachers/second", None
     student = params["students"]["distil"]
     student["shape"].update(SIZES, heads=[2], head_width=4, ffn=[8])
     student["train"].update(steps=2, batch_seconds=8.0, validate_every=2, checkpoint_every=2, log_every=1)
@@ -74,7 +77,7 @@ class Project:
             "GIT_CONFIG_NOSYSTEM": "1",
             "OMP_NUM_THREADS": "1",
         }
-        for name in ("dvc.yaml", ".dvcignore", ".gitignore", "recipes/logmel.json", ".dvc/config"):
+        for name in ("dvc.yaml", ".dvcignore", ".gitignore", "recipes/logmel.json", "recipes/scratch.json", ".dvc/config"):
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, root / name)
         self.write()
@@ -141,11 +144,12 @@ def reruns(project, warm):
     project.write()
     assert project.repro(warm) == {"teacher@spare", "extract@spare", "targets@a", "targets@b", "report"}
 
-    # a teacher in use
+    # a teacher in use, from which another one starts
     params["teachers"]["second"]["source"]["seed"] = 8
     project.write()
     rerun = project.repro(warm)
-    assert rerun == {"teacher@second", "extract@second", "targets@a", "targets@b", "distill@b", "report"} | judged("b")
+    of_teachers = {f"{stage}@{teacher}" for stage in ("teacher", "extract") for teacher in ("second", "spare")}
+    assert rerun == {"targets@a", "targets@b", "distill@b", "report"} | of_teachers | judged("b")
 
     # a probe's setting
     params["probes"]["kws"]["steps"] = 6
@@ -183,7 +187,7 @@ def test_every_path_of_dvc_yaml_is_written_by_one_stage_and_every_setting_exists
 
 def test_the_committed_params_are_what_the_stages_read():
     from pipeline.distill.learner import StudentParams
-    from pipeline.extract import ExtractParams, Keep
+    from pipeline.extraction.settings import ExtractParams, Keep
     from pipeline.prepare import PrepareParams
     from pipeline.tasks.probe import ProbeParams
     from pipeline.teachers.sources import Source

@@ -6,8 +6,8 @@ import torch
 import transformers
 
 from cache.receipts import open_receipt
-from pipeline.calibrate import Calibration
-from pipeline.extract import ExtractParams, Keep, extract
+from pipeline.extract import extract
+from pipeline.extraction.settings import Calibration, ExtractParams, Fail, Keep
 from pipeline.teachers.forward import load_teacher
 from pipeline.teachers.sources import Folder, TeacherParams, materialise
 from tests.conftest import TINY_HUBERT
@@ -38,6 +38,7 @@ def test_a_cached_frame_is_what_transformers_gives_for_that_utterance_alone(tiny
         chunk_frames=16,
         shard_frames=256,
         batch_seconds=batch_seconds,
+        long=Fail(kind="fail", max_sec=60.0),
         calibration=SAMPLE,
     )
     keep = Keep(layers="all", select="all")

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from cache.errors import DataError, SettingsError, StoreError
 from cache.manifest import Manifest
 from cache.receipts import open_receipt
-from pipeline.calibrate import Calibration
-from pipeline.extract import ExtractParams, Keep, extract
+from pipeline.extract import extract
+from pipeline.extraction.settings import Calibration, ExtractParams, Fail, Keep
 from pipeline.logmel import LogMel, LogMelParams
 from pipeline.padding import LengthMaskedGroupNorm, pad_waves
 from stages.extract import app
@@ -28,6 +28,7 @@ PARAMS = ExtractParams(
     chunk_frames=16,
     shard_frames=128,
     batch_seconds=4.0,
+    long=Fail(kind="fail", max_sec=60.0),
     calibration=SAMPLE,
 )
 ALL = Keep(layers="all", select="all")

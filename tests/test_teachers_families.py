@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from cache.errors import DataError, SettingsError
 from cache.receipts import open_receipt
-from pipeline.calibrate import Calibration
-from pipeline.extract import ExtractParams, Keep, extract
+from pipeline.extract import extract
+from pipeline.extraction.settings import Calibration, ExtractParams, Fail, Keep
 from pipeline.student.adopt import copy_adopted
 from pipeline.student.encoder import Encoder
 from pipeline.teachers.families import FAMILIES, PAIRS, WHISPER, build_model
@@ -410,6 +410,7 @@ def test_whispers_layers_are_stored_on_the_manifests_frames(tmp_path, tiny_corpu
         chunk_frames=16,
         shard_frames=128,
         batch_seconds=4.0,
+        long=Fail(kind="fail", max_sec=60.0),
         calibration=Calibration(seconds=60, seed=0),
     )
     keep = Keep(layers=(0, 3), select="all")

@@ -83,8 +83,9 @@ def distil(
             "init": None if init is None or not init.exists() else digest_file(init),
             "audio": digest_json([[u.id, u.audio, u.split] for u in manifest]),
         }
-        splits = {name: manifest.select(split=name) for name in ("train", "dev")}
-        features = _open_features(params, targets, manifest, splits, verify)
+        features = open_targets(targets, verify)
+        manifest = _those_kept(manifest, features, targets, say)
+        splits = _splits(params, manifest)
         arrays = list(targets.arrays)
         learner = Learner(params, targets, init, device, Decoder(features, arrays, device))
         splits_read = {n: BatchReader(split, waves, features, arrays) for n, split in splits.items() if len(split)}
@@ -109,19 +110,27 @@ def distil(
     return metrics
 
 
-def _open_features(
-    params: StudentParams, targets: Targets, manifest: Manifest, splits: dict[str, Manifest], verify: float
-) -> Store:
-    if manifest.audio_digest != targets.audio:
+def _those_kept(manifest: Manifest, features: Store, targets: Targets, say: Say) -> Manifest:
+    """The utterances that have targets: all, but for those that extraction was told to skip for their length."""
+    long = features.fingerprint.get("long", {})
+    kept = manifest.up_to(long["max_sec"]) if long.get("kind") == "skip" else manifest
+    if kept.audio_digest != targets.audio:
         raise StoreError(
             "the targets were extracted from other audio, or from a selection of it, than this manifest lists; "
             "extract with keep.select: all, then run `decant targets` again"
         )
+    if len(kept) < len(manifest):
+        say(f"{len(manifest) - len(kept)} utterances of more than {long['max_sec']:g} s have no targets")
+    return kept
+
+
+def _splits(params: StudentParams, manifest: Manifest) -> dict[str, Manifest]:
+    splits = {name: manifest.select(split=name) for name in ("train", "dev")}
     for name in ("train", "dev") if params.train.validate_every is not None else ("train",):
         if not len(splits[name]):
             hint = "; set train.validate_every: null to train without" if name == "dev" else ""
             raise DataError(f"the manifest has no utterance of split {name!r}{hint}")
-    return open_targets(targets, verify)
+    return splits
 
 
 def _train(

@@ -12,9 +12,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field
 
 from cache.errors import SettingsError, StoreError
+from cache.names import array_name, layers_of
 from cache.publish import digest_file, read_json
-from cache.ragged import Store, layer_name, layer_of
+from cache.ragged import Store
 from cache.receipts import open_arrays
+from pipeline.extraction.settings import LayerMean
 
 FORMAT = 1
 
@@ -26,8 +28,8 @@ class SingleTeacher(BaseModel, frozen=True, extra="forbid"):
     """single: one teacher."""
     teacher: str
     """Its name: there is a receipt NAME.json for it."""
-    layers: tuple[int, ...] = Field(min_length=1)
-    """Layers to predict, one head each, in this order; 0 is the transformer's input."""
+    layers: tuple[int | LayerMean, ...] = Field(min_length=1)
+    """What to predict, one head each, in this order: layers (0 is the transformer's input), or lists of those whose mean is stored."""
 
 
 class Adopted(BaseModel, frozen=True, extra="forbid"):
@@ -92,14 +94,14 @@ def choose_targets(ensemble: SingleTeacher, receipts: Path, init: Adopted | Rand
             f"ensemble.layers is {list(ensemble.layers)}, which names a layer twice; one head per layer"
         )
     arrays = receipt["arrays"]
-    for layer in ensemble.layers:
-        if layer_name(layer) not in arrays:
-            kept = ", ".join(str(layer_of(name)) for name in sorted(arrays) if name.startswith("layer-"))
+    for wanted in ensemble.layers:
+        if array_name(wanted) not in arrays:
+            kept = ", ".join(_in_words(layers_of(name)) for name in sorted(arrays))
             raise SettingsError(
-                f"ensemble.layers asks for layer {layer} of {ensemble.teacher}, whose store has layers {kept}; "
+                f"ensemble.layers asks for layer {_in_words(wanted)} of {ensemble.teacher}, whose store has layers {kept}; "
                 f"choose among them, or add it to what is kept of {ensemble.teacher}"
             )
-    chosen = {layer_name(layer): arrays[layer_name(layer)] for layer in ensemble.layers}
+    chosen = {array_name(wanted): arrays[array_name(wanted)] for wanted in ensemble.layers}
     return Targets(
         key=receipt["key"],
         width=next(iter(chosen.values()))["width"],
@@ -107,6 +109,13 @@ def choose_targets(ensemble: SingleTeacher, receipts: Path, init: Adopted | Rand
         audio=receipt["fingerprint"]["audio"],
         init=None if isinstance(init, Random) else digest_file(weights_of(init, weights)),
     )
+
+
+def _in_words(layers: int | tuple[int, ...]) -> str:
+    """As it is written in the settings: one layer, or a list whose mean is meant."""
+    if isinstance(layers, int):
+        return str(layers)
+    return str(layers[0]) if len(layers) == 1 else str(list(layers))
 
 
 def weights_of(init: Adopted, weights: Path) -> Path:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from cache.errors import StoreError
 from cache.frames import RATE_HZ
 from cache.manifest import SPLITS, Manifest, read_manifest
+from cache.names import keeps_layers
 from cache.publish import read_json
 from pipeline.report.products import MetricsFile, ReceiptFile, ScoreFile, files, parsed
 from pipeline.tasks.labels import TASKS
@@ -212,7 +213,7 @@ def _stores(receipts: list[tuple[str, str, ReceiptFile]]) -> Iterator[StoreFacts
         yield StoreFacts(
             name=", ".join(dict.fromkeys(name for name, _, _ in rows)),
             purposes=tuple(dict.fromkeys(purpose for _, purpose, _ in rows)),
-            layers=tuple(layer for layer in sorted(arrays) if layer.startswith("layer-")),
+            layers=tuple(layer for layer in sorted(arrays) if keeps_layers(layer)),
             width=first.width,
             codec=first.codec,
             utterances=rows[0][2].utterances,
