@@ -262,6 +262,17 @@ def test_diversity_is_least_where_codewords_are_used_alike_and_most_where_one_is
     assert diversity_loss(torch.stack([alike[0], one[0]])).item() == pytest.approx((1 - 1 / 8) / 2)
 
 
+def test_a_codeword_that_nothing_uses_leaves_the_gradient_finite():
+    logits = torch.tensor([[[0.0, -200.0, 1.0]]], requires_grad=True)
+    use = logits.softmax(2).mean(0)
+    assert use[0, 1].item() == 0.0
+    diversity_loss(use).backward()
+    exact = logits.detach().double().requires_grad_()
+    p = exact.softmax(2)[0, 0, [0, 2]]
+    (1 - torch.exp(-(p * p.log()).sum()) / 3).backward()
+    torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=1e-5, atol=1e-7)
+
+
 def test_the_temperature_falls_by_a_constant_factor_and_then_stays():
     gumbel = Annealing(start=2.0, end=0.5, reached=277_259 / 400_000)
     steps = [0, 1, 1_000, 277_258, 300_000, 400_000]

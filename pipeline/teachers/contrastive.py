@@ -191,5 +191,8 @@ def diversity_loss(mean_use: Float[Tensor, "G V"]) -> Float[Tensor, ""]:
 
     Equation 4 maximises the entropy of the use; here, as in fairseq, its exponential: (G V - sum of perplexities) / (G V).
     """
-    perplexity = torch.exp(-torch.xlogy(mean_use, mean_use).sum(1))
+    smallest = torch.finfo(
+        mean_use.dtype
+    ).tiny  # a codeword that nothing uses would have an infinite gradient times none
+    perplexity = torch.exp(-torch.xlogy(mean_use, mean_use.clamp(min=smallest)).sum(1))
     return 1 - perplexity.sum() / mean_use.numel()
