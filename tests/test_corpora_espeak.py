@@ -113,9 +113,16 @@ def test_speaker_identification_has_all_speakers_on_every_side_and_no_sentence_t
     said = [i for i in items if i.keyword is None]
     assert len({i.text for i in said}) == len(said)
     for split, each in (("train", 2), ("dev", 1), ("test", 1)):
-        speakers = [i.speaker for i in said if i.tasks == {"sid": split}]
+        speakers = [i.speaker for i in said if i.tasks["sid"] == split]
         assert sorted(speakers) == sorted([f"spk{n:02d}" for n in range(6)] * each)
-    assert not any(line.tasks for line in script(changed(sid=None)) if line.keyword is None)
+    assert not any("sid" in line.tasks for line in script(changed(sid=None)))
+
+
+def test_phone_recognition_has_every_sentence_and_its_test_voices_are_in_no_other_split(items):
+    assert all(("pr" in i.tasks) == (i.keyword is None) for i in items)
+    speakers = {split: {i.speaker for i in items if i.tasks.get("pr") == split} for split in ("train", "dev", "test")}
+    assert {split: len(names) for split, names in speakers.items()} == {"train": 3, "dev": 1, "test": 2}
+    assert len(set.union(*speakers.values())) == 6
 
 
 def test_voices_differ_and_stay_within_the_settings():

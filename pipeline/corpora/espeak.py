@@ -194,7 +194,7 @@ def spread(bounds: tuple[int, int], place: float) -> float:
 
 
 def script(params: EspeakParams) -> list[Line]:
-    """Who says what: of each voice first its keywords, then its sentences."""
+    """Who says what: of each voice first its keywords, then its sentences, which are for phone recognition (pr), too."""
     lines = []
     speakers = voices(params)
     per_voice = params.sentences_per_voice
@@ -207,7 +207,8 @@ def script(params: EspeakParams) -> list[Line]:
         said = {f"{voice.name}/s{i:03d}": texts[number * per_voice + i] for i in range(per_voice)}
         sid = split_together(said, params.sid) if params.sid is not None else {}
         for path, text in said.items():
-            lines.append(Line(path, voice, text, None, {"sid": sid[path]} if path in sid else {}))
+            tasks = {"pr": voice.split} | ({"sid": sid[path]} if path in sid else {})
+            lines.append(Line(path, voice, text, None, tasks))
     return lines
 
 
