@@ -28,6 +28,7 @@ def main(
 
     from cache.errors import ResourceError
     from cache.manifest import read_manifest
+    from cache.names import layers_of
     from cache.receipts import open_receipt, store_root
     from pipeline.cost import cost_of
     from pipeline.devices import choose_device
@@ -52,7 +53,7 @@ def main(
         for choice in (cost.chosen, *cost.alternatives):
             mark = "*" if choice is cost.chosen else " "
             fits = "" if choice.bytes <= free else "   does not fit"
-            names = [name.removeprefix("layer-") for name in choice.arrays]
+            names = ["+".join(map(str, layers_of(name))) for name in choice.arrays]
             kept = ", ".join(names) if len(names) < 8 else f"all {len(names)}"
             print(f"{mark:2}{kept:<24}{choice.codec:<10}{choice.bytes / 1e9:>12,.3f}{choice.files:>10,}{fits}")
     if cost.chosen.bytes > free:

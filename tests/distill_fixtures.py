@@ -135,7 +135,9 @@ def make_world(root: Path, teacher_seed: int = 0) -> World:
     return world
 
 
-def write_receipt(world: World, teacher: str, seed: int, layers: tuple[int, ...] = (0, 1, 3)) -> None:
+def write_receipt(
+    world: World, teacher: str, seed: int, layers: tuple[Any, ...] = (0, 1, 3), params: ExtractParams = EXTRACT
+) -> None:
     """Run a random encoder over the corpus; leave its receipt, and its weights as an init."""
     encoder = Encoder(EncoderShape.model_validate(SHAPE))
     initialise(encoder, torch.Generator().manual_seed(seed))
@@ -146,7 +148,7 @@ def write_receipt(world: World, teacher: str, seed: int, layers: tuple[int, ...]
     save_file(encoder.state_dict(), world.root / "init" / f"{teacher}.safetensors")
     store = open_receipt(world.root / "receipts/waves.json")
     keep = Keep(layers=layers, select="all")
-    receipt = extract(load_student_upstream(folder), world.manifest, store, EXTRACT, keep, "cpu", lambda *_, **__: None)
+    receipt = extract(load_student_upstream(folder), world.manifest, store, params, keep, "cpu", lambda *_, **__: None)
     write_json(world.root / "receipts" / f"{teacher}.json", receipt)
 
 
