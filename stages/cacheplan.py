@@ -33,8 +33,8 @@ def main(
     from pipeline.cost import cost_of
     from pipeline.devices import choose_device
     from pipeline.extract import ExtractParams, Keep
+    from stages._models import open_models
     from stages._params import read_params
-    from stages.extract import open_models
 
     settings: ExtractParams = read_params("extract", ExtractParams, params)
     what: Keep = read_params(keep, Keep, params)
