@@ -47,20 +47,20 @@ class FrameGrid(Runs):
 def ctc(logits: Float[Tensor, "N R F K"], counts: list[int], strings: list[PhoneString]) -> Float[Tensor, "N R B"]:
     """Minus log likelihood of the strings (Graves et al. 2006), 0 where a string does not fit its frames."""
     runs, num = logits.shape[:2], len(counts)
-    by_utterance = logits.log_softmax(-1).movedim(2, 0).split(counts)  # each (T, N, R, K)
-    padded = pad_sequence(list(by_utterance)).movedim(1, 3)  # (T, N, R, B, K)
     copies = runs.numel()
+    by_frame = logits.log_softmax(-1).flatten(0, 1).transpose(0, 1)  # (F, NR, K)
+    padded = pad_sequence(list(by_frame.split(counts)))  # (T, B, NR, K)
     targets = pad_sequence([torch.tensor(string) for string in strings], batch_first=True)
     losses = functional.ctc_loss(
-        padded.flatten(1, 3),
-        targets.repeat(copies, 1).to(logits.device),
-        torch.tensor(counts * copies),
-        torch.tensor([len(string) for string in strings] * copies),
+        padded.flatten(1, 2),
+        targets.repeat_interleave(copies, 0).to(logits.device),
+        torch.tensor(counts).repeat_interleave(copies),
+        torch.tensor([len(string) for string in strings]).repeat_interleave(copies),
         blank=BLANK,
         reduction="none",
         zero_infinity=True,
     )
-    return losses.reshape(*runs, num)
+    return losses.reshape(num, copies).T.unflatten(0, runs)
 
 
 def greedy(best: Int64[np.ndarray, " F"], counts: list[int]) -> list[PhoneString]:
