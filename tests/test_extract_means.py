@@ -17,7 +17,9 @@ from pipeline.distill.train import distil
 from pipeline.extract import extract
 from pipeline.extraction.settings import Keep
 from pipeline.layers.targets import Random, SingleTeacher, choose_targets, open_targets
+from pipeline.logmel import LogMel, LogMelParams
 from pipeline.student.upstream import load_student_upstream
+from stages._models import model_paths, open_models
 from stages._params import read_params
 from stages.extract import app
 from tests.distill_fixtures import EXTRACT, make_world, write_params, write_receipt
@@ -97,12 +99,10 @@ def test_the_mean_over_models_is_the_mean_of_their_stores(world):
 
 
 def test_models_of_other_shapes_have_no_mean(world):
-    class Wide:
-        num_layers, width = 4, 99
-
     (model,) = models(world, "hubert")
-    with pytest.raises(SettingsError, match="4 layers of width 16, 4 layers of width 99: there is no mean of them"):
-        Blend([model, Wide()])
+    other = LogMel(LogMelParams(model="log-mel", num_mels=40, floor=1e-6))
+    with pytest.raises(SettingsError, match="4 layers of width 16, 1 layers of width 40: there is no mean of them"):
+        Blend([model, other])
     with pytest.raises(SettingsError, match="two models or more"):
         Blend([model])
 
@@ -111,7 +111,13 @@ def test_a_student_learns_from_a_mean_of_layers_over_two_teachers(world):
     """EKD's layerwise average of SKILL's group means: one array, no teacher's own layer on the disk."""
     models(world, "hubert", "wavlm")
     (world.root / "keep.yaml").write_text(
-        yaml.safe_dump({"extract": EXTRACT.model_dump(), "keep": {"layers": [[1, 2], 3], "select": "all"}})
+        yaml.safe_dump(
+            {
+                "extract": EXTRACT.model_dump(),
+                "keep": {"layers": [[1, 2], 3], "select": "all"},
+                "means": {"ekd": {"teachers": ["hubert", "wavlm"]}},
+            }
+        )
     )
     done = CliRunner().invoke(
         app,
@@ -124,6 +130,10 @@ def test_a_student_learns_from_a_mean_of_layers_over_two_teachers(world):
         catch_exceptions=False,
     )
     assert "2 arrays x" in done.output
+    named = read_json(world.root / "receipts/both.json")
+    paths = model_paths([world.root / "teachers"], "means.ekd.teachers", world.root / "keep.yaml")
+    assert paths == [world.root / "teachers" / name for name in ("hubert", "wavlm")]
+    assert open_models(paths, "cpu").describe() == named["fingerprint"]["model"]
     ensemble = SingleTeacher(kind="single", teacher="both", layers=((2, 1), 3))
     targets = choose_targets(ensemble, world.root / "receipts", Random(kind="random"), world.root / "init")
     assert list(targets.arrays) == ["mean-01-02", "layer-03"]
