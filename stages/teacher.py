@@ -17,28 +17,37 @@ def main(
     init: Annotated[Path, typer.Option(help="The weights to write under a student's names, a safetensors file.")],
     manifest: Annotated[Path | None, typer.Option(help="Which recordings there are; for {kind: pretrain}.")] = None,
     waves: Annotated[Path | None, typer.Option(help="Receipt of the wave store; for {kind: pretrain}.")] = None,
+    starts_from: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the teacher that {kind: pretrain} continues, or recipes/scratch.json: none."),
+    ] = None,
     params: Annotated[Path, typer.Option(help="Settings.")] = Path("params.yaml"),
+    device: Annotated[str, typer.Option(help="Where to pretrain: cpu, cuda, cuda:1, or auto.")] = "auto",
 ) -> None:
-    """Fetch, check and pin a teacher, or pretrain one here; and write what a student can start from."""
+    """Fetch, check and pin a teacher, or pretrain one here (a killed run goes on); and write what a student can start from."""
     from safetensors.torch import save_file
 
     from cache.manifest import read_manifest
     from cache.publish import publish_file
     from cache.receipts import open_receipt
+    from pipeline.devices import choose_device
     from pipeline.student.adopt import FAMILIES, adopt
-    from pipeline.teachers.pretrain import PretrainParams, audio_seconds
+    from pipeline.teachers.pretrain.settings import PretrainParams, audio_seconds
     from pipeline.teachers.sources import Corpus, Folder, Hub, Source, TeacherParams, materialise
     from stages._params import read_params
     from stages._progress import progress
+
+    def say(line: str) -> None:
+        print(f"teacher {name}: {line}", flush=True)
 
     source: Folder | Hub | PretrainParams = read_params(f"teachers.{name}.source", Source, params)
     settings = TeacherParams(source=source, normalise=read_params(f"teachers.{name}.normalise", bool | None, params))
     if isinstance(source, PretrainParams) and manifest is not None and waves is not None:
         corpus = Corpus(read_manifest(manifest), open_receipt(waves, verify=True))
         with progress(f"pretrain {name}", total=audio_seconds(source), unit="audio-s") as tick:
-            pinned = materialise(settings, out, corpus, tick)
+            pinned = materialise(settings, out, corpus, tick, starts_from, choose_device(device), say)
     else:
-        pinned = materialise(settings, out)
+        pinned = materialise(settings, out, starts_from=starts_from)
     start = (
         adopt(out) if pinned.family in FAMILIES else {}
     )  # of other families no student computes what the weights mean

@@ -22,7 +22,11 @@ from pipeline.teachers.fairseq import Fairseq, read_fairseq
 from pipeline.teachers.families import FAMILIES
 from pipeline.teachers.grid import STORE, Align
 from pipeline.teachers.pinned import CONFIG, PREPROCESSOR, WEIGHTS, Pinned, pin, read_safetensors
-from pipeline.teachers.pretrain import PretrainParams, pretrain
+from pipeline.teachers.pretrain.batches import Recordings
+from pipeline.teachers.pretrain.distortion import folders_of
+from pipeline.teachers.pretrain.models import open_start
+from pipeline.teachers.pretrain.run import Job, pretrain, training_folder
+from pipeline.teachers.pretrain.settings import PretrainParams, without_paths
 from pipeline.teachers.unpickle import read_pickle
 
 INDEX, PICKLE = "model.safetensors.index.json", "pytorch_model.bin"
@@ -87,7 +91,10 @@ def materialise(
     params: TeacherParams,
     out: Path,
     corpus: Corpus | None = None,
-    on_progress: Callable[[float, str], None] = lambda done, note: None,
+    on_progress: Callable[..., None] = lambda seconds, note="", found=False: None,
+    starts_from: Path | None = None,
+    device: str = "cpu",
+    say: Callable[[str], None] = lambda line: None,
 ) -> Pinned:
     """Fetch or make the teacher and publish its pinned folder at `out`.
 
@@ -96,27 +103,61 @@ def materialise(
         out: the folder to publish.
         corpus: only a pretrained teacher needs it.
         on_progress: called with seconds of audio and a note while pretraining.
+        starts_from: the folder of the teacher that a pretrained one goes on from; None, or recipes/scratch.json: new weights.
+        device: where to pretrain.
+        say: told what a person should know of a pretraining.
 
     Raises:
         SettingsError: a source that cannot be a teacher, or that lacks something the settings must say.
+        Interrupted: a signal came while pretraining; its state is saved.
         DataError: the source is not there.
         StoreError: its weights are damaged, unsafe, or not what its configuration says.
     """
     source = params.source
+    if isinstance(source, PretrainParams):
+        if corpus is None:
+            raise SettingsError("a teacher of kind pretrain needs --manifest and --waves")
+        return _pretrain(source, params, out, corpus, on_progress, starts_from, device, say)
+    if open_start(starts_from) is not None:
+        raise SettingsError(
+            f"starts_from is {starts_from} and the source is of kind {source.kind}, which is a whole teacher; set it to "
+            "recipes/scratch.json, or continue it in a second teacher of kind pretrain"
+        )
     with publish_dir(out) as work:
         if isinstance(source, Folder):
             record = {"kind": "folder", "name": Path(source.path).resolve().name}
             return _pin_folder(Path(source.path), work, params, record, source.align)
         if isinstance(source, Hub):
             return _pin_folder(fetch(source), work, params, source.model_dump(exclude={"align"}), source.align)
-        if isinstance(source, Fairseq):
-            return _pin_checkpoint(source, work, params)
-        if corpus is None:
-            raise SettingsError("a teacher of kind pretrain needs --manifest and --waves")
-        with TemporaryDirectory() as made:
-            pretrain(source, corpus.manifest, corpus.waves, Path(made), on_progress)
-            audio = corpus.manifest.select(split="train").audio_digest
-            return _pin_folder(Path(made), work, params, source.model_dump(mode="json") | {"audio": audio})
+        return _pin_checkpoint(source, work, params)
+
+
+def _pretrain(
+    source: PretrainParams,
+    params: TeacherParams,
+    out: Path,
+    corpus: Corpus,
+    on_progress: Callable[..., None],
+    starts_from: Path | None,
+    device: str,
+    say: Callable[[str], None],
+) -> Pinned:
+    """Train, pin and publish; the training's state is kept until then."""
+    start = open_start(starts_from)
+    # a model hears in training what it will hear in extraction
+    heard = start.pinned.normalise if start is not None else False
+    normalise = heard if params.normalise is None else params.normalise
+    job = Job(source, Recordings(corpus.manifest, corpus.waves), start, normalise, device)
+    record = without_paths(source.model_dump(mode="json"))
+    record["audio"] = corpus.manifest.select(split="train").audio_digest
+    if folders := folders_of(source):
+        record["folders"] = folders
+    if start is not None:
+        record["starts_from"] = {"family": start.pinned.family, "digest": start.pinned.digest}
+    with training_folder(out) as run, TemporaryDirectory() as made:
+        pretrain(job, run, Path(made), on_progress, say)
+        with publish_dir(out) as work:
+            return _pin_folder(Path(made), work, params, record)
 
 
 def fetch(source: Hub) -> Path:
