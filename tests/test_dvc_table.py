@@ -77,7 +77,14 @@ class Project:
             "GIT_CONFIG_NOSYSTEM": "1",
             "OMP_NUM_THREADS": "1",
         }
-        for name in ("dvc.yaml", ".dvcignore", ".gitignore", "recipes/logmel.json", "recipes/scratch.json", ".dvc/config"):
+        for name in (
+            "dvc.yaml",
+            ".dvcignore",
+            ".gitignore",
+            "recipes/logmel.json",
+            "recipes/scratch.json",
+            ".dvc/config",
+        ):
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, root / name)
         self.write()
