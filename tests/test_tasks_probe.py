@@ -11,8 +11,9 @@ import torch
 
 from cache.errors import DataError, SettingsError, StoreError
 from cache.manifest import Manifest, Utterance, write_manifest
+from cache.names import layer_name
 from cache.publish import canonical_json, read_json, write_json
-from cache.ragged import Store, layer_name
+from cache.ragged import Store
 from cache.receipts import make_receipt, store_key
 from cache.writer import open_writer
 from pipeline.tasks import features as features_module
@@ -252,7 +253,7 @@ def test_a_task_that_cannot_be_scored_is_refused_with_a_reason(rows, message):
 
 
 def test_an_unknown_task_is_refused_with_the_choices():
-    with pytest.raises(SettingsError, match="no probe task 'asr'; choose one of kws, sid"):
+    with pytest.raises(SettingsError, match="no probe task 'asr'; choose one of er, kws, pr, sid"):
         task_named("asr")
 
 
