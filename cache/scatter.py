@@ -20,11 +20,18 @@ WHOLE = google_crc32c.value(b"\0" + crc32c(b"\0"))  # CRC-32C of anything follow
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _pread, _preadv, _memmove = _libc.pread, _libc.preadv, _libc.memmove
+_preadv2 = getattr(_libc, "preadv2", None)  # Linux: a `preadv` that can be told not to wait for the disk
 _pread.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64]
 _preadv.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64]
 _memmove.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+if _preadv2 is not None:
+    _preadv2.argtypes = [*_preadv.argtypes, ctypes.c_int]
+    _preadv2.restype = ctypes.c_ssize_t
 _pread.restype = _preadv.restype = ctypes.c_ssize_t
 _memmove.restype = None
+RWF_NOWAIT = 8
+GO_ON = (errno.EINTR, errno.EAGAIN, errno.EOPNOTSUPP)  # a signal; not in memory; a file system that always waits
+
 _skip = np.zeros(CRC_BYTES, dtype=np.uint8)  # where checksums go that nobody looks at; never read
 
 
@@ -45,6 +52,10 @@ class Reads(NamedTuple):
 
 def read_rows(reads: Reads, chunk_rows: int, row_bytes: int) -> dict[int, int | None]:
     """Bring every read's rows to its address.
+
+    Each read is tried without waiting. At the first that is not in memory the kernel is told of all that are still to
+    come, so the disk has many requests and not one piece of one file at a time; told of bytes that it has, it would
+    look for every page of them, which costs more than copying.
 
     Returns:
         number of each read whose file ended too early -> None.
@@ -71,12 +82,32 @@ def read_rows(reads: Reads, chunk_rows: int, row_bytes: int) -> dict[int, int | 
     flat = vectors.reshape(-1, 2)
     failed: dict[int, int | None] = {}
     base = flat.ctypes.data
+    told = False
     for number, (handle, at, start, end, size) in enumerate(zip(reads.handles, *lists, strict=True)):
-        num = end - start
-        got = _preadv(handle, base + 16 * start, num if num < MAX_VECTORS else MAX_VECTORS, at)
+        num = end - start if end - start < MAX_VECTORS else MAX_VECTORS
+        if told or _preadv2 is None:
+            got = _preadv(handle, base + 16 * start, num, at)
+        else:
+            got = _preadv2(handle, base + 16 * start, num, at, RWF_NOWAIT)
+            if got != size:
+                told = True
+                _tell(got, reads.handles[number:], lists[0][number:], lists[3][number:])
         if got != size and not _finish(handle, flat[start:end], at, size, got):
             failed[number] = None
     return failed
+
+
+def _tell(got: int, handles: list[int], offsets: list[int], sizes: list[int]) -> None:
+    """Have the kernel bring stretches of files into memory, all at once, without waiting for any.
+
+    Not where a read that must not wait failed for another reason (`got` is what it gave): a file system that cannot do
+    without waiting says so of bytes that are in memory, too.
+    """
+    error = ctypes.get_errno()
+    if got >= 0 or error == errno.EAGAIN:
+        for stretch in zip(handles, offsets, sizes, strict=True):
+            os.posix_fadvise(*stretch, os.POSIX_FADV_WILLNEED)
+    ctypes.set_errno(error)
 
 
 class Memory:
@@ -109,6 +140,9 @@ def read_checked(reads: Reads, chunk_rows: int, row_bytes: int) -> dict[int, int
     value = google_crc32c.value
     first, inside = np.divmod(reads.row, chunk_rows)
     offset = reads.first_chunk + first * stride
+    reach = ((inside + reads.num_rows - 1) // chunk_rows + 1) * stride  # bytes of the chunks each read touches
+    one = np.array([[aside, 1]])  # room for a byte: is it in memory?
+    told = False
     failed: dict[int, int | None] = {}
     for number, (handle, at, skip, target, size) in enumerate(
         zip(
@@ -121,6 +155,11 @@ def read_checked(reads: Reads, chunk_rows: int, row_bytes: int) -> dict[int, int
         )
     ):
         end, here, start = target + size, target, at
+        if not told and _preadv2 is not None:
+            got = _preadv2(handle, one.ctypes.data, 1, at, RWF_NOWAIT)
+            if got != 1:
+                told = True
+                _tell(got, reads.handles[number:], offset.tolist()[number:], reach.tolist()[number:])
         while here < end:
             if not skip and here + stride <= end:
                 place, view = here, memory[here - base : here - base + stride]
@@ -147,7 +186,7 @@ def _finish(handle: int, vectors: Int64[np.ndarray, "N 2"], offset: int, wanted:
     while True:
         if got < 0:
             number = ctypes.get_errno()
-            if number != errno.EINTR:
+            if number not in GO_ON:
                 raise OSError(number, os.strerror(number))
         elif got == 0:
             return False
