@@ -21,7 +21,7 @@ from cache.header import check_array, read_header, write_header
 from cache.journal import Journal
 from cache.plan import StorePlan, plan_rows
 from cache.process import exclusive
-from cache.publish import fsync, named_io_errors, write_json
+from cache.publish import fsync, named_io_errors, partial_of, write_json
 from cache.scatter import start_flush
 from cache.tables import describe_tables, read_tables, table_names, tables_bytes, write_tables
 from cache.zarrshard import ArraySpec, Grid, array_metadata, encode_shard, shard_bytes, shard_path
@@ -81,6 +81,25 @@ class StoreWriter:
         size, digest = write_shard(path, encode_shard(rows, spec, self.grid))
         self.journal.append(array, shard, size, digest)
 
+    def adopt(self, array: str, shard: int, name: str, size: int, digest: str) -> None:
+        """Commit one shard that another process, on this machine or elsewhere, wrote whole to the file `name` beside it.
+
+        Raises:
+            StoreError: the file is not here, or not whole.
+        """
+        path = shard_path(self.directory, self.specs[array], shard)
+        partial = path.with_name(Path(name).name)
+        found = partial.stat().st_size if partial.exists() else None
+        if found != size:
+            raise StoreError(
+                f"{partial} was written with {size} bytes elsewhere and here it "
+                f"{'is absent' if found is None else f'has {found}'}; "
+                "set DECANT_STORE to a disk that all workers share with this process"
+            )
+        with named_io_errors(path):
+            _rename(partial, path)
+        self.journal.append(array, shard, size, digest)
+
     def predicted_bytes(self) -> int:
         """Bytes that the missing shards and tables will take."""
         shards = sum(
@@ -129,8 +148,7 @@ def open_writer(
             write_header(directory, header, ids, rows)
         elif (found := read_header(directory))["key"] != header["key"]:
             raise StoreError(f"{directory} holds the store {found['key']}, not {header['key']}; move it away")
-        for partial in directory.rglob(".*.partial"):  # what a killed writer left
-            partial.unlink()
+        clear_partials(directory)
         for spec in specs:
             if not (directory / spec.name / "zarr.json").exists():
                 (directory / spec.name).mkdir(exist_ok=True)
@@ -139,32 +157,48 @@ def open_writer(
         yield StoreWriter(directory, plan, specs, grid, lock)
 
 
+def clear_partials(directory: Path) -> None:
+    """Remove what killed writers left. The caller holds the store's lock: nobody else publishes a file there."""
+    for partial in directory.rglob(".*.partial"):
+        partial.unlink(missing_ok=True)
+
+
 def write_shard(path: Path, pieces: Iterable[bytes | memoryview]) -> tuple[int, str]:
-    """Publish one shard, made of `pieces`; gives its bytes and xxh3-128.
+    """Publish one shard, made of `pieces`; gives its bytes and xxh3-128."""
+    partial = partial_of(path)
+    with named_io_errors(path):
+        size, digest = write_partial(partial, pieces)
+        _rename(partial, path)
+    return size, digest
+
+
+def write_partial(partial: Path, pieces: Iterable[bytes | memoryview]) -> tuple[int, str]:
+    """Write one shard, made of `pieces`, to a file that nobody reads yet, and flush it; gives its bytes and xxh3-128.
 
     Each piece is hashed and written while the processor still has it at hand, and the disk starts on it before the
     last one is there.
     """
-    partial = path.with_name(f".{path.name}.partial")
     digest, size, begun = xxhash.xxh3_128(), 0, 0
-    with named_io_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb", buffering=0) as file:
-            some: list[bytes | memoryview] = []
-            for piece in pieces:
-                digest.update(piece)
-                some.append(piece)
-                if len(some) == PIECES_AT_ONCE:
-                    size += _write_all(file, some)
-                    some = []
-                    if size - begun >= FLUSH_BYTES:
-                        start_flush(file.fileno(), begun, size - begun)
-                        begun = size
-            size += _write_all(file, some)
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        fsync(path.parent)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    with open(partial, "wb", buffering=0) as file:
+        some: list[bytes | memoryview] = []
+        for piece in pieces:
+            digest.update(piece)
+            some.append(piece)
+            if len(some) == PIECES_AT_ONCE:
+                size += _write_all(file, some)
+                some = []
+                if size - begun >= FLUSH_BYTES:
+                    start_flush(file.fileno(), begun, size - begun)
+                    begun = size
+        size += _write_all(file, some)
+        os.fsync(file.fileno())
     return size, digest.hexdigest()
+
+
+def _rename(partial: Path, path: Path) -> None:
+    os.replace(partial, path)
+    fsync(path.parent)
 
 
 def _write_all(file: FileIO, pieces: list[bytes | memoryview]) -> int:

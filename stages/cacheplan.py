@@ -33,7 +33,7 @@ def main(
     from pipeline.cost import cost_of
     from pipeline.devices import choose_device
     from pipeline.extract import ExtractParams, Keep
-    from stages._models import open_models
+    from pipeline.models import open_models
     from stages._params import read_params
 
     settings: ExtractParams = read_params("extract", ExtractParams, params)
