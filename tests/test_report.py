@@ -439,3 +439,66 @@ def test_a_browser_finds_the_table_and_has_nothing_to_complain_about(run, tmp_pa
     assert "</html>" in shown.stdout
     complaints = [line for line in shown.stderr.splitlines() if "CONSOLE" in line]
     assert complaints == []
+
+
+@pytest.fixture
+def with_phones(own) -> dict[str, Path]:
+    """The run with a third task, in which less is better; the worst model answers more phones than there are."""
+    rates = {"hubert": 0.4312, "distil": 0.4021, "small": 0.6, "untrained": 1.02, "log-mel": 0.8}
+    for name, rate in rates.items():
+        score = read_json(own["probes"] / f"{name}-kws.json")
+        score |= {"task": "pr", "mean": rate, "interval": [rate - 0.02, rate + 0.03], "chance": 1.0, "majority": 0.926}
+        score |= {"metric": "PER", "higher_is_better": False, "classes": ["a", "b", "k"]}
+        write_json(own["probes"] / f"{name}-pr.json", score)
+    return own
+
+
+def test_an_error_rate_is_marked_and_the_lowest_is_the_best(with_phones):
+    run = gather(**with_phones)
+    assert run.tasks == ("kws", "sid", "pr")
+    assert run.best("pr") == 0.4021
+    head, _, *rows = tables.markdown(run).splitlines()
+    assert head.endswith("| Phone recognition, PER, % ↓ |")
+    assert [row.split("|")[6].strip() for row in rows[:2]] == ["43.1 ± 0.6", "**40.2** ± 0.6"]
+    assert "PER is an error rate, lower is better; one answer for all gives 92.6." in rows[-1]
+    table = sections.results(run)
+    assert re.findall(r"<b>([\d.]+)</b>", table) == ["93.1", "87.4", "40.2"]
+    assert '<th class="num task">PER, % ↓</th>' in table
+    assert '<th class="num task">accuracy, %</th>' in table
+    assert "↓: an error rate, lower is better." in page.html(run)
+
+
+def test_the_best_student_of_an_error_rate_is_the_one_with_the_fewest(with_phones):
+    text = re.sub(r"<[^>]+>", " ", sections.headline(gather(**with_phones)))
+    assert "phone recognition: PER, lower is better" in text
+    assert re.search(r"40\.2 *% .*distil, the best student; hubert 43\.1, log-mel 80\.0", text)
+
+
+def test_an_error_rate_above_all_phones_stays_on_its_axis(with_phones):
+    table = sections.results(gather(**with_phones))
+    assert "95 % interval 100.0 to 105.0, not listening 92.6" in table
+    places = [float(place) for place in re.findall(r'cx="([\d.]+)"|H([\d.]+)"', table) for place in place if place]
+    assert max(places) <= 100
+
+
+def test_a_page_without_an_error_rate_has_no_arrow(run):
+    assert "↓" not in page.html(run)
+    assert "↓" not in tables.markdown(run)
+
+
+def test_the_protocol_says_how_each_kind_of_task_is_scored(run, with_phones):
+    assert "CTC" not in sections.protocol(run)
+    text = sections.protocol(gather(**with_phones))
+    assert "PR for phone recognition" in text
+    assert "a linear classifier of every frame under CTC, greedy answers" in text
+    assert "for PER, the bootstrap’s over 480 test utterances" in text
+
+
+def test_a_run_of_phone_recognition_alone_still_makes_a_page(with_phones):
+    for path in (*with_phones["probes"].glob("*-kws.json"), *with_phones["probes"].glob("*-sid.json")):
+        path.unlink()
+    run = gather(**with_phones)
+    assert run.tasks == ("pr",)
+    assert "mean over frames" not in sections.protocol(run)
+    assert page.html(run)
+    assert tables.markdown(run)

@@ -109,8 +109,13 @@ class Run:
     """(model, task) -> score; a pair that was not probed is absent."""
 
     def best(self, task: str) -> float:
-        """The highest score of a task."""
-        return max(score.mean for (_, of), score in self.scores.items() if of == task)
+        """The best score of a task: the highest, or the lowest where the metric is an error rate."""
+        means = [score.mean for (_, of), score in self.scores.items() if of == task]
+        return max(means) if TASKS[task].higher_is_better else min(means)
+
+    def any_score(self, task: str) -> ScoreFile:
+        """What the scores of a task have in common can be read from any: its test split, its floor, its settings."""
+        return next(score for (_, of), score in self.scores.items() if of == task)
 
     def of_role(self, role: str) -> list[Model]:
         """The models of one group."""

@@ -4,7 +4,7 @@ No script, no request: the style is inline, figures are SVG, and the page's own 
 nothing about when or where it was made, so the same run gives the same bytes.
 """
 
-from pipeline.report import drawing, figures, sections
+from pipeline.report import drawing, figures, sections, wording
 from pipeline.report.gather import Run
 from pipeline.report.style import CSS
 from pipeline.tasks.labels import TASKS
@@ -14,7 +14,8 @@ def html(run: Run) -> str:
     """The page."""
     curves = figures.svg(figures.curves(run.students), "curves", "Training and dev loss of every student")
     weights = figures.svg(figures.layer_weights(run), "weights", "Learned layer weights of every model and task")
-    tasks = " and ".join(TASKS[task].title.lower() for task in run.tasks)
+    tasks = wording.listed([TASKS[task].title.lower() for task in run.tasks])
+    arrow = "" if all(TASKS[task].higher_is_better for task in run.tasks) else " ↓: an error rate, lower is better."
     body = [
         f'<header><h1>Decant</h1><p class="standfirst">{sections.standfirst(run)}</p></header>',
         f'<div class="headline">{sections.headline(run)}</div>',
@@ -25,8 +26,9 @@ def html(run: Run) -> str:
         _section(
             "Probes",
             f'<div class="scroll">{sections.results(run)}</div>',
-            '<p class="note" style="margin-top:18px">Test accuracy in per cent, mean ± standard deviation over seeds; '
-            "the best of a task in bold. Dot and bar: mean and 95 % interval; tick: chance. Layers are counted with layer 0, "
+            '<p class="note" style="margin-top:18px">Test scores in per cent, mean ± standard deviation over seeds; '
+            f"the best of a task in bold.{arrow} Dot and bar: mean and 95 % interval; tick: what needs no listening. "
+            "Layers are counted with layer 0, "
             "the input of the first block. Weights: four bytes a parameter, for students the file itself. "
             "lr: the learning rate chosen on dev.</p>",
         ),

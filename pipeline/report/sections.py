@@ -56,9 +56,12 @@ def headline(run: Run) -> str:
         model, score = ranked[0]
         others = [*_ranked(run, task, teachers)[:1], *_ranked(run, task, run.of_role("baseline"))[:1]]
         beside = [f"{escape(other.name)} {wording.percent(its.mean)}" for other, its in others]
-        beside.append(f"chance {wording.percent(score.chance)}")
+        row = TASKS[task]
+        if row.higher_is_better:
+            beside.append(f"chance {wording.percent(score.chance)}")
+        what = row.title.lower() if row.higher_is_better else f"{row.title.lower()}: {row.metric}, lower is better"
         cells.append(
-            (f"{wording.percent(score.mean)}<small> %</small>", TASKS[task].title.lower(),
+            (f"{wording.percent(score.mean)}<small> %</small>", what,
              f"{escape(model.name)}, the best student; {', '.join(beside)}")
         )  # fmt: skip
     held = [store for store in run.stores if "targets" in store.purposes]
@@ -77,14 +80,17 @@ def headline(run: Run) -> str:
 def _ranked(run: Run, task: str, models: list[Model]) -> list[tuple[Model, ScoreFile]]:
     """The models that were probed on a task, best first."""
     found = [(model, run.scores[model.name, task]) for model in models if (model.name, task) in run.scores]
-    return sorted(found, key=lambda pair: -pair[1].mean)
+    return sorted(found, key=lambda pair: pair[1].mean, reverse=TASKS[task].higher_is_better)
 
 
 def results(run: Run) -> str:
-    """Models by tasks: accuracy with its spread over seeds, its 95 % interval as a picture, the learning rate."""
-    heads = "".join(f'<th colspan="3" class="task" scope="colgroup">{TASKS[task].title}</th>' for task in run.tasks)
-    under = '<th class="num task">accuracy, %</th><th class="plot">0<i>100</i></th><th class="num lr">lr</th>' * len(
-        run.tasks
+    """Models by tasks: the score with its spread over seeds, its 95 % interval as a picture, the learning rate."""
+    rows_of = [TASKS[task] for task in run.tasks]
+    heads = "".join(f'<th colspan="3" class="task" scope="colgroup">{row.title}</th>' for row in rows_of)
+    under = "".join(
+        f'<th class="num task">{wording.metric(row.metric, row.higher_is_better)}</th>'
+        '<th class="plot">0<i>100</i></th><th class="num lr">lr</th>'
+        for row in rows_of
     )
     rows = []
     for role, title in GROUPS.items():
@@ -103,7 +109,7 @@ def results(run: Run) -> str:
                 f'<td class="num">{wording.params(model.num_params)}</td>'
                 f'<td class="num">{wording.size(model.weight_bytes)}</td>{cells}</tr>'
             )
-    rows += [_floor(run, "Chance", "chance"), _floor(run, "Most frequent class", "majority")]
+    rows += [_floor(run, "Chance", "chance"), _floor(run, "One answer for all", "majority")]
     return (
         '<table class="results" id="probes"><thead>'
         f"<tr><th></th><th></th><th></th><th></th>{heads}</tr>"
@@ -127,13 +133,18 @@ def _score_cells(run: Run, model: Model, task: str) -> str:
 
 
 def _interval(score: ScoreFile) -> str:
-    """A dot for the mean, a bar for the 95 % interval, a tick for chance, on an axis from 0 to 100 %."""
+    """A dot for the mean, a bar for the 95 % interval, a tick for what needs no listening, on an axis from 0 to 100 %.
+
+    An error rate can be more than 100 %: its picture ends there, its words do not.
+    """
     low, high = (100 * bound for bound in score.interval)
-    words = f"95 % interval {low:.1f} to {high:.1f}, chance {wording.percent(score.chance)}"
+    floor, name = (score.chance, "chance") if TASKS[score.task].higher_is_better else (score.majority, "not listening")
+    words = f"95 % interval {low:.1f} to {high:.1f}, {name} {wording.percent(floor)}"
+    left, right, dot, tick = (min(place, 100.0) for place in (low, high, 100 * score.mean, 100 * floor))
     return (
         f'<svg viewBox="-3 0 106 14" role="img" aria-label="{words}"><title>{words}</title>'
-        f'<path class="axis" d="M0 7 H100"/><path class="tick" d="M{100 * score.chance:.2f} 3.5 V10.5"/>'
-        f'<path class="bar" d="M{low:.2f} 7 H{high:.2f}"/><circle cx="{100 * score.mean:.2f}" cy="7" r="2"/></svg>'
+        f'<path class="axis" d="M0 7 H100"/><path class="tick" d="M{tick:.2f} 3.5 V10.5"/>'
+        f'<path class="bar" d="M{left:.2f} 7 H{right:.2f}"/><circle cx="{dot:.2f}" cy="7" r="2"/></svg>'
     )
 
 
@@ -141,8 +152,11 @@ def _floor(run: Run, title: str, field: str) -> str:
     """A row of what can be had without listening."""
     cells = ""
     for task in run.tasks:
-        score = next(score for (_, of), score in run.scores.items() if of == task)
-        aside = f"{len(score.classes)} classes" if field == "chance" else ""
+        score, row = run.any_score(task), TASKS[task]
+        asides = {"chance": f"{len(score.classes)} classes", "majority": ""}
+        if not row.higher_is_better:
+            asides = {"chance": "saying nothing", "majority": f"{len(score.classes)} {row.field}"}
+        aside = asides[field]
         figure = wording.percent(getattr(score, field))
         cells += f'<td class="num task">{figure}<span class="sd"></span></td><td colspan="2" class="aside">{aside}</td>'
     return f'<tr class="floor {field}"><th scope="row">{title}</th><td></td><td></td><td></td>{cells}</tr>'
@@ -150,30 +164,39 @@ def _floor(run: Run, title: str, field: str) -> str:
 
 def protocol(run: Run) -> str:
     """SUPERB-like, not SUPERB: what is the same and what is not."""
-    settings = {task: next(s.params for (_, of), s in run.scores.items() if of == task) for task in run.tasks}
+    settings = {task: run.any_score(task).params for task in run.tasks}
     steps = sorted({values["steps"] for values in settings.values()})
     rates = sorted({wording.rate(lr) for values in settings.values() for lr in values["lrs"]}, key=float)
     seeds = max(len(values["seeds"]) for values in settings.values())
-    tests = [
-        f"{wording.count(next(s for (_, of), s in run.scores.items() if of == task).counts['test'])} ({TASKS[task].title.lower()})"
-        for task in run.tasks
-    ]
+    pooled = [task for task in run.tasks if TASKS[task].higher_is_better]
+    phones = [task for task in run.tasks if not TASKS[task].higher_is_better]
+    tests = [f"{wording.count(run.any_score(task).counts['test'])} ({TASKS[task].title.lower()})" for task in pooled]
+    intervals = []
+    if pooled:
+        intervals.append(f"Wilson’s at 95 % for {' and '.join(tests)} test utterances taken as independent")
+    if phones:
+        count = wording.count(run.any_score(phones[0]).counts["test"])
+        intervals.append(f"for {TASKS[phones[0]].metric}, the bootstrap’s over {count} test utterances")
     named = wording.listed([f"{TASKS[task].superb} for {TASKS[task].title.lower()}" for task in run.tasks])
-    same = (
-        f"Head and training follow SUPERB ({named}): a softmax-weighted sum of all layers of the frozen model, a linear "
-        "projection, the mean over frames, a linear classifier; Adam without a schedule, the best dev checkpoint, the test "
-        "split looked at once. The mean over frames is taken before the head, which "
-        "is the same function because every part of it is linear."
-    )
+    same = f"Heads and training follow SUPERB ({named}): a softmax-weighted sum of all layers of the frozen model, "
+    same += "a linear projection, "
+    if pooled:
+        same += "the mean over frames, a linear classifier; "
+    if phones:
+        same += f"{'for phones ' if pooled else ''}a linear classifier of every frame under CTC, greedy answers; "
+    same += "Adam without a schedule, the best dev checkpoint, the test split looked at once."
+    if pooled:
+        same += " The mean over frames is taken before the head, which is the same function because every part of it is linear."
     differences = [
         "<b>Data.</b> The corpora of this run and their splits, not the data sets of SUPERB unless the table below names them; "
         "whole utterances without gain or crop, no silence or unknown class beyond what the corpus labels.",
         f"<b>Learning rate.</b> Chosen per model and task on dev out of {', '.join(rates)}. SUPERB’s numbers are tuned too; "
         "one fixed rate can cost ten points. A * marks a choice at the edge of the sweep.",
-        f"<b>Budget.</b> {' and '.join(wording.count(step) for step in steps)} updates a head instead of 200{wording.NARROW}000.",
+        f"<b>Budget.</b> {' and '.join(wording.count(step) for step in steps)} updates a head instead of 30{wording.NARROW}000 to "
+        f"200{wording.NARROW}000.",
         f"<b>Seeds.</b> {wording.plural(seeds, 'seed')}, mean ± sample standard deviation; SUPERB reports one run.",
-        f"<b>Uncertainty.</b> Intervals are Wilson’s at 95 % for {' and '.join(tests)} test utterances taken as independent; "
-        "utterances of one speaker are not, so the truth is wider.",
+        f"<b>Uncertainty.</b> Intervals are {'; '.join(intervals)}; utterances of one speaker are not independent, so the truth "
+        "is wider.",
         "<b>Frames.</b> Exactly what the convolutions give, stored as in the table of stores; s3prl repeats or cuts frames to match "
         "the duration.",
     ]
@@ -264,7 +287,7 @@ def settings(run: Run) -> str:
         kept = {key: value for key, value in student.facts.items() if key not in ("format", "kind")}
         blocks.append((f"student {student.name}", kept))
     for task in run.tasks:
-        blocks.append((f"probe {task}", next(s.params for (_, of), s in run.scores.items() if of == task)))
+        blocks.append((f"probe {task}", run.any_score(task).params))
     return "".join(
         f"<details><summary>{escape(title)}</summary><pre>{escape(_yaml(values))}</pre></details>"
         for title, values in blocks

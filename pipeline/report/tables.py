@@ -58,7 +58,9 @@ def metrics(run: Run) -> dict[str, Any]:
 
 def markdown(run: Run) -> str:
     """The results table of a README: models by tasks, the best of each task in bold."""
-    heads = [f"{TASKS[task].title}, %" for task in run.tasks]
+    kinds = [TASKS[task] for task in run.tasks]
+    names = [kind.title if kind.higher_is_better else f"{kind.title}, {kind.metric}" for kind in kinds]
+    heads = [wording.metric(name, kind.higher_is_better) for name, kind in zip(names, kinds, strict=True)]
     lines = [
         "| model | parameters | weights | " + " | ".join(heads) + " |",
         "|---|---:|---:|" + "---:|" * len(heads),
@@ -71,11 +73,18 @@ def markdown(run: Run) -> str:
         name = f"{model.name} ({role_of(model.role, model.untrained)})"
         row = [name, wording.params(model.num_params), wording.size(model.weight_bytes), *cells]
         lines.append("| " + " | ".join(row) + " |")
-    chances = [f"{wording.percent(_any_score(run, task).chance)} ({TASKS[task].title.lower()})" for task in run.tasks]
-    lines += [
-        "",
-        f"Test accuracy of a frozen model under a small head, mean ± sd over seeds; chance is {' and '.join(chances)}.",
-    ]
+    notes = []
+    if accuracies := [kind for kind in kinds if kind.higher_is_better]:
+        chances = [f"{wording.percent(run.any_score(k.name).chance)} ({k.title.lower()})" for k in accuracies]
+        notes.append(
+            "Test accuracy of a frozen model under a small head, mean ± sd over seeds; "
+            f"chance is {wording.listed(chances)}."
+        )
+    for kind in kinds:
+        if not kind.higher_is_better:
+            floor = wording.percent(run.any_score(kind.name).majority)
+            notes.append(f"{kind.metric} is an error rate, lower is better; one answer for all gives {floor}.")
+    lines += ["", " ".join(notes)]
     return "\n".join(lines) + "\n"
 
 
@@ -107,10 +116,6 @@ def splice(readme: Path, table: str) -> None:
     _, after = rest.split(END)
     with publish_file(readme) as partial:
         partial.write_bytes(f"{before}{BEGIN}\n{table}{END}{after}".encode())
-
-
-def _any_score(run: Run, task: str) -> Any:
-    return next(score for (_, of), score in run.scores.items() if of == task)
 
 
 def _cell(value: Any) -> Any:

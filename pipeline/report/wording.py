@@ -47,6 +47,11 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f}"
 
 
+def metric(name: str, higher_is_better: bool) -> str:
+    """The head of a column of scores: accuracy, %; an error rate says that less is better: PER, % ↓."""
+    return f"{name}, %" if higher_is_better else f"{name}, % ↓"
+
+
 def rate(number: float) -> str:
     """A learning rate as people type it: 0.01, 1e-5."""
     return f"{number:g}" if 1e-4 <= number < 1e3 else f"{number:.0e}".replace("e-0", "e-").replace("e+0", "e")

@@ -39,9 +39,9 @@ def phones_of(utterance: Utterance) -> str | None:
 TASKS = {
     task.name: task
     for task in (
-        Task("pr", "Phone recognition", "PR", "PER", False, "phones", phones_of),
         Task("kws", "Keyword spotting", "KS", "accuracy", True, "keyword", lambda utterance: utterance.keyword),
         Task("sid", "Speaker identification", "SID", "accuracy", True, "speaker", lambda utterance: utterance.speaker),
+        Task("pr", "Phone recognition", "PR", "PER", False, "phones", phones_of),
         Task("er", "Emotion recognition", "ER", "accuracy", True, "emotion", lambda utterance: utterance.emotion),
     )
 }
