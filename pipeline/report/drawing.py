@@ -78,7 +78,7 @@ def stations(run: Run) -> list[Station]:
             wording.plural(len(run.scores), "score"),
             [
                 f"{wording.plural(len(run.models), 'model')} × {wording.plural(len(run.tasks), 'task')}",
-                f"{_one(seeds)} seeds × {_one(rates)} rates each",
+                f"{_one(seeds)} seeds × {_one(rates)} rates",
             ],
         ),
         Station("report", "1 page", ["and its CSV, JSON", "and PNG beside it"]),

@@ -111,7 +111,7 @@ def results(run: Run) -> str:
             )
     rows += [_floor(run, "Chance", "chance"), _floor(run, "One answer for all", "majority")]
     return (
-        '<table class="results" id="probes"><thead>'
+        f'<table class="results{" dense" if len(run.tasks) > 2 else ""}" id="probes"><thead>'
         f"<tr><th></th><th></th><th></th><th></th>{heads}</tr>"
         '<tr><th scope="col">Model</th><th class="num">layers × width</th><th class="num">parameters</th>'
         f'<th class="num">weights</th>{under}</tr></thead><tbody>{"".join(rows)}</tbody></table>'

@@ -52,6 +52,10 @@ tbody tr + tr > * { border-top: 1px solid var(--hair); }
 .results thead .plot { font-size: 11px; }
 .results thead .plot i { float: right; font-style: normal; }
 .results .plot svg { display: block; width: 100px; height: 16px; position: relative; top: 3px; }
+.results.dense .task, .results.dense thead th.task[colspan] { padding-left: 9px; }
+.results.dense .sd { min-width: 3.1em; padding-left: 0.3em; }
+.results.dense .plot { width: 50px; padding-left: 3px; } .results.dense .plot svg { width: 50px; }
+.results.dense .aside { padding-left: 4px; }
 .axis { stroke: var(--hair); stroke-width: 1; } .tick { stroke: var(--muted); stroke-width: 1; }
 .bar { stroke: var(--wine); stroke-width: 1.6; } .plot circle { fill: var(--wine); }
 .results .num.lr { color: var(--muted); padding-right: 0.6em; } .lr abbr { text-decoration: none; margin-right: -0.45em; }
