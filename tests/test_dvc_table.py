@@ -109,9 +109,12 @@ class Project:
         return set(re.findall(r"Running stage '([^']+)'", output))
 
 
+TASKS = ("pr", "kws", "sid")
+
+
 def judged(*models):
     return {
-        f"{stage}@{m}{task}" for m in models for stage, task in [("features", ""), ("probe", "-kws"), ("probe", "-sid")]
+        f"{stage}@{m}{task}" for m in models for stage, task in [("features", ""), *(("probe", f"-{t}") for t in TASKS)]
     }
 
 
@@ -196,7 +199,7 @@ def test_the_committed_params_are_what_the_stages_read():
     from pipeline.distill.learner import StudentParams
     from pipeline.extraction.settings import ExtractParams, Keep
     from pipeline.prepare import PrepareParams
-    from pipeline.tasks.probe import ProbeParams
+    from pipeline.tasks.run import settings_of
     from pipeline.teachers.sources import Source
     from stages._params import lookup, read_params
 
@@ -213,4 +216,4 @@ def test_the_committed_params_are_what_the_stages_read():
         for student in lookup("students", file):
             read_params(f"students.{student}", StudentParams, file)
         for task in lookup("probes", file):
-            read_params(f"probes.{task}", ProbeParams, file)
+            read_params(f"probes.{task}", settings_of(task), file)

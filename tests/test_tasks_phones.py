@@ -171,8 +171,8 @@ def said(*rows: tuple[str, str | None], frames: int = 20) -> Manifest:
     )
 
 
-def splits_of(manifest: Manifest, silences=("sil",)):
-    return spoken_splits(manifest, TASKS["pr"], silences)
+def splits_of(manifest: Manifest, unseen="refuse"):
+    return spoken_splits(manifest, TASKS["pr"], ("sil",), unseen)
 
 
 def test_strings_are_the_phones_in_order_without_silences():
@@ -209,6 +209,15 @@ def test_training_utterances_too_short_for_their_phones_are_named_and_the_others
 def test_phones_that_cannot_be_recognised_are_refused_with_a_reason(rows, message):
     with pytest.raises(DataError, match=message):
         splits_of(said(*rows))
+
+
+def test_a_phone_that_training_lacks_is_an_error_whatever_is_answered():
+    splits = splits_of(said(("train", "a b"), ("dev", "a x"), ("test", "y a z")), "count")
+    assert (splits.names, splits.unseen) == (("a", "b"), 2)
+    (truth,) = splits.test.strings
+    answers = itertools.chain.from_iterable(itertools.product(range(1, K), repeat=n) for n in range(5))
+    heard = [answer for answer in answers if set(answer) <= {1, 2}]  # all that a head of two phones can say
+    assert min(sum(metrics.phone_errors(truth, answer)) for answer in heard) == 2
 
 
 def test_the_constant_answer_is_the_best_of_repeating_the_most_frequent_phone():

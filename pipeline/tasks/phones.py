@@ -8,6 +8,7 @@ blank for them, and SUPERB's strings, made from lexica, have none either.
 from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 from cache.errors import DataError
 from cache.manifest import Manifest
@@ -41,12 +42,17 @@ class SpokenSplits:
 
     task: Task
     names: tuple[str, ...]
-    """The phones, sorted; phone `names[i]` is `i + 1` in the strings."""
+    """The phones of the training split, sorted; `names[i]` is `i + 1` in the strings, and any other phone is K + 1."""
     train: Spoken
     dev: Spoken
     test: Spoken
     unfit: tuple[str, ...]
     """Training utterances with more phones than CTC can put into their frames: they are counted and not trained on."""
+
+    @property
+    def unseen(self) -> int:
+        """Phones of the test split that no training utterance has: errors, whatever a head answers."""
+        return sum(string.count(len(self.names) + 1) for string in self.test.strings)
 
     def constant(self) -> PhoneString:
         """The best answer that ignores the audio, of those that repeat one phone: chosen on train, may be empty.
@@ -69,12 +75,14 @@ def frames_needed(string: PhoneString) -> int:
     return len(string) + sum(a == b for a, b in pairwise(string))
 
 
-def spoken_splits(manifest: Manifest, task: Task, silences: tuple[str, ...]) -> SpokenSplits:
+def spoken_splits(
+    manifest: Manifest, task: Task, silences: tuple[str, ...], unseen: Literal["refuse", "count"]
+) -> SpokenSplits:
     """Turn the phones of the utterances that take part into strings, and refuse a task that cannot be scored.
 
     Raises:
-        DataError: as `labels_by_split`; an utterance of silence alone, a phone in dev or test that train does not have,
-            or no training utterance long enough for its phones.
+        DataError: as `labels_by_split`; an utterance of silence alone, no training utterance long enough for its phones,
+            or, where `unseen` is to be refused, a phone in dev or test that train does not have.
     """
     phones: dict[str, list[tuple[str, list[str]]]] = {}
     for split, rows in labels_by_split(manifest, task).items():
@@ -89,13 +97,15 @@ def spoken_splits(manifest: Manifest, task: Task, silences: tuple[str, ...]) -> 
     index = {symbol: number for number, symbol in enumerate(names, BLANK + 1)}
     for split in ("dev", "test"):
         for name, symbols in phones[split]:
-            if unknown := [symbol for symbol in symbols if symbol not in index]:
+            unknown = [symbol for symbol in symbols if symbol not in index]
+            if unknown and unseen == "refuse":
                 raise DataError(
                     f"{name}: the phone '{unknown[0]}' is in the {split} split of task '{task.name}' and in no training "
-                    "utterance; add training speech that has it, or leave the utterance out of the task"
+                    f"utterance; add training speech that has it, or have it counted as never heard: probes.{task.name}.unseen"
                 )
+    never = len(names) + 1  # no head answers this
     strings = {
-        split: [(name, tuple(index[symbol] for symbol in symbols)) for name, symbols in rows]
+        split: [(name, tuple(index.get(symbol, never) for symbol in symbols)) for name, symbols in rows]
         for split, rows in phones.items()
     }
     unfit = {name for name, string in strings["train"] if manifest.by_id[name].num_frames < frames_needed(string)}

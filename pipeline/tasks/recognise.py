@@ -7,6 +7,7 @@ batches, and a seed is where its head starts. The test split is looked at once, 
 
 from collections.abc import Callable, Iterator
 from statistics import fmean
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, Field
@@ -28,6 +29,8 @@ class PhoneParams(BaseModel, frozen=True, extra="forbid"):
     """LayerNorm without affine over every frame of every layer before the sum; SUPERB: false."""
     silences: tuple[str, ...]
     """Symbols of the corpora that are no phones and are left out of the strings; [] where there are none."""
+    unseen: Literal["refuse", "count"]
+    """Phones of dev and test that no training utterance has: refuse them, or count each as an error, as they are."""
     lrs: tuple[float, ...] = Field(min_length=1)
     """Learning rates to try; the best on the dev split, averaged over seeds, is used. SUPERB's default: 0.01."""
     seeds: tuple[int, ...] = Field(min_length=1)
@@ -121,6 +124,7 @@ def recognise(
         counts={"train": len(splits.train), "dev": len(splits.dev), "test": len(splits.test)},
         errors=metrics.PhoneErrors(*(sum(kind) for kind in zip(*(e for of in edits for e in of), strict=True))),
         test_phones=splits.test.num_phones,
+        unseen=splits.unseen,
         left_out=len(splits.unfit),
     )
 

@@ -51,7 +51,7 @@ def job_of(task: Task, manifest: Manifest, params: Settings) -> Job:
 
 
 def _phones(task: Task, manifest: Manifest, params: PhoneParams) -> Job:
-    spoken = spoken_splits(manifest, task, params.silences)
+    spoken = spoken_splits(manifest, task, params.silences, params.unseen)
     ids = [*spoken.train.ids, *spoken.dev.ids, *spoken.test.ids]
 
     def score(store: Store, layers: Sequence[str], device: torch.device, tick: Tick) -> Score:

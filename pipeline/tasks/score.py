@@ -58,6 +58,8 @@ class PhoneScore(Score):
     errors: PhoneErrors
     """Of all seeds together, on test."""
     test_phones: int
+    unseen: int
+    """Of the test phones, those that no training utterance has: errors for every head."""
     left_out: int
     """Training utterances that have fewer frames than CTC needs for their phones."""
 
