@@ -8,16 +8,23 @@ forward gets its padded batches from memory, on the device; extraction reads the
 layer, copies it to the host and writes whole shards with checksums, hashes and fsync. Codecs float16 and int8.
 
 A round runs every contender once, in an order drawn anew; a ratio is the median over the rounds of the ratios within
-them. Starting the writer process (a third of a second) is part of extraction.
+them. Starting the writer process (a third of a second) is part of extraction; fitting int8 to its sample is not, which is
+done once for a corpus (it is in the list of parts).
+
+The parts, each run alone and one after the other, say what extraction has to hide behind the forward: reading and padding
+waveforms, encoding, and writing shards (checksums, hash, fsync). `--threads` sets those of the forward.
 """
 
 import argparse
 import json
 import os
+import shutil
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +33,22 @@ import torch
 from bench_store import machine
 from transformers import HubertConfig, HubertModel
 
+from cache import codecs
+from cache.codecs import CODECS
 from cache.frames import RATE_HZ
+from cache.journal import Journal
 from cache.manifest import Manifest, Utterance
 from cache.ragged import Store
 from cache.receipts import make_receipt, open_receipt, store_key
 from cache.waves import WaveWriter
+from cache.writer import open_writer
+from pipeline.codecs import encode, to_device
 from pipeline.devices import choose_device
 from pipeline.extract import extract
+from pipeline.extraction.job import plan_job
 from pipeline.extraction.settings import Calibration, ExtractParams, Fail, Keep
 from pipeline.extraction.windows import piece_batches
+from pipeline.forward import mean_of, read_batches
 from pipeline.padding import pad_waves
 from pipeline.teachers.forward import Teacher
 from pipeline.teachers.pinned import Pinned
@@ -114,16 +128,17 @@ class Contest:
             shard_frames=16_384,
             batch_seconds=30.0 if device == "cpu" else 160.0,
             long=Fail(kind="fail", max_sec=60.0),
-            calibration=Calibration(seconds=20, seed=0),
+            calibration=Calibration(seconds=10, seed=0),
         )
-        self.version = 0
         self.batches = []
+        self.pieces = []
         for begin in self.shards():
             for batch in piece_batches(self.manifest, begin, self.params.long, self.params.batch_seconds):
                 padded, samples = pad_waves(
                     [self.waves.read("wave", self.manifest[piece.utterance].id) for piece in batch]
                 )
                 self.batches.append((padded.to(device), samples.to(device)))
+                self.pieces.append(batch)
 
     def shards(self) -> list[range]:
         """Extraction makes batches within shards, so the bare forward gets the same ones."""
@@ -141,9 +156,59 @@ class Contest:
             torch.cuda.synchronize()
 
     def extraction(self, codec: str) -> None:
-        self.version += 1  # a store of its own
-        params = self.params.model_copy(update={"codec": codec, "version": self.version})
-        extract(self.teacher, self.manifest, self.waves, params, self.keep, self.device, nothing)
+        extract(self.teacher, self.manifest, self.waves, self.with_codec(codec), self.keep, self.device, nothing)
+
+    def with_codec(self, codec: str) -> ExtractParams:
+        return self.params.model_copy(update={"codec": codec})
+
+    def forget(self, codec: str) -> None:
+        """Delete the shards of a store and keep what its codec was fitted with."""
+        job = plan_job(self.teacher, self.manifest, self.with_codec(codec), self.keep, self.device)
+        journal = Journal(job.directory)
+        journal.keep_only({place: row for place, row in journal.rows.items() if "." in place[0]})
+        for array in job.arrays:
+            shutil.rmtree(job.directory / array / "c", ignore_errors=True)
+
+    def parts(self, codec: str) -> dict[str, float]:
+        """Seconds of each part of extraction by itself, one after the other."""
+        job = plan_job(self.teacher, self.manifest, self.with_codec(codec), self.keep, self.device)
+        coding = CODECS[codec]
+        took = dict.fromkeys(("reading and padding", "forward", "encoding", "writing"), 0.0)
+
+        def timed(name: str, work: Callable[[], Any]) -> Any:
+            began = time.perf_counter()
+            done = work()
+            if self.device != "cpu":
+                torch.cuda.synchronize()
+            took[name] += time.perf_counter() - began
+            return done
+
+        rows: dict[str, list[Any]] = {array: [] for array in job.arrays}
+        with open_writer(job.directory, job.header, [u.id for u in job.manifest], job.rows, job.arrays) as writer:
+            tables = {array: writer.tables(array) or {} for array in job.arrays}
+            on_device = {array: to_device(tables[array], self.device) for array in job.arrays}
+            timed(
+                "reading and padding", lambda: list(read_batches(self.manifest, self.waves, self.pieces, self.device))
+            )
+            for padded, samples in self.batches:
+                with torch.inference_mode():
+                    layers = timed("forward", partial(self.teacher.layers, padded, samples))
+                for array in job.arrays:
+                    frames = mean_of(layers, array)
+                    rows[array].append(
+                        timed("encoding", partial(codecs.encode, frames.numpy(), coding, tables[array]))
+                        if self.device == "cpu"
+                        else timed("encoding", lambda f=frames, a=array: encode(f, coding, on_device[a]).cpu().numpy())
+                    )
+            width = coding.row_width(self.teacher.width)
+            for array in job.arrays:
+                flat = np.concatenate([r.reshape(-1, width) for r in rows[array]])
+                for shard in range(job.plan.num_shards):
+                    used = job.plan.used_rows(shard)
+                    some = np.resize(flat, (used, width))
+                    timed("writing", partial(writer.write, array, shard, some))
+        self.forget(codec)
+        return took
 
     def rounds(self, number: int) -> dict[str, list[float]]:
         """Audio-seconds per second of each contender."""
@@ -155,6 +220,8 @@ class Contest:
         for turn in range(number + 1):
             for place in rng.permutation(len(work)):
                 name = list(work)[place]
+                if name in CODECS and turn:
+                    self.forget(name)
                 began = time.perf_counter()
                 work[name]()
                 if turn:  # the first round warms up
@@ -165,20 +232,30 @@ class Contest:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="less audio, the tiny model alone")
+    parser.add_argument("--threads", type=int, help="of the forward on the CPU")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
     device = choose_device("auto")
     cuda = device != "cpu"
     contests: dict[str, tuple[dict[str, Any], float, Any]] = {"tiny": (TINY, 600 if options.quick else 3_600, "all")}
     if not options.quick:
-        contests["base"] = ({}, 1_200 if cuda else 30, (0, 4, 8, 12))
+        contests["base"] = ({}, 1_200 if cuda else 60, (0, 4, 8, 12))
     kept: dict[str, Any] = {}
+    parts: dict[str, dict[str, float]] = {}
     short = False
     print(f"{machine()['cpu']}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {device}")
     for name, (config, seconds, layers) in contests.items():
         with tempfile.TemporaryDirectory(prefix="bench-extract-") as folder:
             os.environ["DECANT_STORE"] = folder
-            rates = Contest(config, seconds, layers, device).rounds(5)
+            contest = Contest(config, seconds, layers, device)
+            rates = contest.rounds(5)
+            for codec in ("float16", "int8"):
+                took = contest.parts(codec)
+                parts[f"{name}, {codec}"] = {part: round(seconds, 3) for part, seconds in took.items()}
+                shares = ", ".join(f"{part} {100 * s / took['forward']:.1f} %" for part, s in took.items())
+                print(f"{name}: {codec}, each part alone, of the forward: {shares}")
         kept[name] = {contender: [round(r, 2) for r in runs] for contender, runs in rates.items()}
         for contender, runs in rates.items():
             line = f"{name}: {contender}: {statistics.median(runs):,.1f} audio-s/s"
@@ -189,7 +266,10 @@ def main() -> None:
             print(line)
     if options.json:
         options.json.write_text(
-            json.dumps({"machine": machine(), "device": device, "audio_seconds_per_second": kept}, indent=1) + "\n"
+            json.dumps(
+                {"machine": machine(), "device": device, "audio_seconds_per_second": kept, "parts": parts}, indent=1
+            )
+            + "\n"
         )
     sys.exit(short)
 
