@@ -18,7 +18,7 @@ from pipeline.corpora.speech_commands import SpeechCommandsParams
 
 def books(root) -> LibriSpeechParams:
     return LibriSpeechParams(
-        kind="librispeech", root=str(root), subsets=("dev-clean", "test-clean"), dev_speakers=0, sid=None
+        kind="librispeech", root=str(root), subsets=("dev-clean", "test-clean"), dev_speakers=0, sid=None, lexicon=None
     )
 
 

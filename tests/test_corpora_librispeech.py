@@ -9,6 +9,7 @@ import soundfile
 
 from cache.errors import DataError, SettingsError
 from pipeline.audio import Quarantine
+from pipeline.corpora.lexicon import LexiconParams, pronounced, read_lexicon
 from pipeline.corpora.librispeech import LibriSpeechParams, librispeech_items
 from pipeline.corpora.splits import Fractions, WithinSpeakers
 
@@ -16,8 +17,10 @@ SPEECH = Path(os.environ.get("DECANT_SPEECH", "../shared/speech"))
 SID = WithinSpeakers(min_utterances=3, held_back=Fractions(dev=0.2, test=0.2))
 
 
-def params(root, subsets=("train-clean-100", "test-clean"), dev_speakers=0.0, sid=SID) -> LibriSpeechParams:
-    return LibriSpeechParams(kind="librispeech", root=str(root), subsets=subsets, dev_speakers=dev_speakers, sid=sid)
+def params(root, subsets=("train-clean-100", "test-clean"), dev_speakers=0.0, sid=SID, lexicon=None):
+    return LibriSpeechParams(
+        kind="librispeech", root=str(root), subsets=subsets, dev_speakers=dev_speakers, sid=sid, lexicon=lexicon
+    )
 
 
 def add_chapter(root: Path, subset: str, speaker: str, chapter: str, count: int, suffix: str = "flac") -> Path:
@@ -177,6 +180,67 @@ def test_folders_that_are_missing_are_named_with_the_way_out(root, monkeypatch):
 def test_a_variable_of_the_environment_is_filled_in(root, monkeypatch):
     monkeypatch.setenv("SOME_CORPORA", str(root.parent))
     assert len(list(librispeech_items("ls", params(f"$SOME_CORPORA/{root.name}")))) == 12
+
+
+CMUDICT = """;;; after CMUdict
+WORDS W ER1 D Z
+of AH1 V
+of(2) AH0 V
+two T UW1 # the number
+# nothing
+"""
+
+
+def lexicon_of(tmp_path, text=CMUDICT, stress="keep") -> LexiconParams:
+    (tmp_path / "words.dict").write_text(text)
+    return LexiconParams(path=str(tmp_path / "words.dict"), stress=stress)
+
+
+def test_a_lexicon_gives_the_first_pronunciation_in_any_case(tmp_path):
+    assert read_lexicon("ls", lexicon_of(tmp_path)) == {"WORDS": "W ER1 D Z", "OF": "AH1 V", "TWO": "T UW1"}
+    assert read_lexicon("ls", lexicon_of(tmp_path, stress="drop"))["TWO"] == "T UW"
+    openslr = "A\tAH0\nA\tEY1\nA''S\tEY1 Z\n"
+    assert read_lexicon("ls", lexicon_of(tmp_path, openslr)) == {"A": "AH0", "A''S": "EY1 Z"}
+
+
+@pytest.mark.parametrize(
+    ("text", "phones"), [("WORDS OF", "W ER1 D Z AH1 V"), ("words UNKNOWN", None), ("", None), (None, None)]
+)
+def test_a_transcript_is_pronounced_whole_or_not_at_all(tmp_path, text, phones):
+    assert pronounced(text, read_lexicon("ls", lexicon_of(tmp_path))) == phones
+
+
+def test_utterances_of_known_words_take_part_in_phone_recognition_in_the_official_splits(root, tmp_path_factory):
+    file = root / "test-clean" / "1089" / "134686" / "1089-134686.trans.txt"
+    file.write_text("1089-134686-0000 TWO WORDS\n1089-134686-0001 TWO NAMES\n")
+    lexicon = lexicon_of(tmp_path_factory.mktemp("lexicon"), CMUDICT + "19-198-0001 AA1\n")
+    items = {i.id.split("/")[-1]: i for i in librispeech_items("ls", params(root, lexicon=lexicon))}
+    assert {name: i.tasks["pr"] for name, i in items.items() if "pr" in i.tasks} == {
+        "19-198-0001": "train",
+        "1089-134686-0000": "test",
+    }
+    assert items["1089-134686-0000"].pronunciation == "T UW1 W ER1 D Z"
+    assert items["1089-134686-0001"].pronunciation is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("TWO", "'TWO' is not a word and its phones"), (None, "there is no file .*words.dict")]
+)
+def test_a_lexicon_that_cannot_be_read_is_named(root, tmp_path, text, message):
+    lexicon = lexicon_of(tmp_path, text or "")
+    if text is None:
+        (tmp_path / "words.dict").unlink()
+    with pytest.raises(DataError, match=message):
+        list(librispeech_items("ls", params(root, lexicon=lexicon)))
+
+
+@pytest.mark.skipif(not (SPEECH / "lexicon").is_dir(), reason="no real LibriSpeech and lexicon; set DECANT_SPEECH")
+def test_the_real_lexicon_knows_every_word_of_the_real_corpus():
+    lexicon = LexiconParams(path=str(SPEECH / "lexicon" / "cmudict-subset.dict"), stress="drop")
+    items = list(librispeech_items("ls", params(SPEECH / "LibriSpeech", dev_speakers=0.2, lexicon=lexicon)))
+    assert all(i.tasks["pr"] == i.split for i in items)
+    assert {i.split for i in items} == {"train", "dev", "test"}
+    assert len({phone for i in items for phone in i.pronunciation.split()}) == 39  # ARPAbet without stress
 
 
 @pytest.mark.skipif(not (SPEECH / "LibriSpeech").is_dir(), reason="no real LibriSpeech; set DECANT_SPEECH")

@@ -27,8 +27,8 @@ def corpus_root(corpus: str, root: str) -> Path:
     return folder
 
 
-def expand_root(corpus: str, root: str) -> Path:
-    """The place that the setting `root` of a source means; `$NAME` in it is a variable of the environment.
+def expand_root(corpus: str, root: str, setting: str = "root") -> Path:
+    """The place that a setting of a source means; `$NAME` in it is a variable of the environment.
 
     Raises:
         DataError: the variable is not set.
@@ -36,12 +36,12 @@ def expand_root(corpus: str, root: str) -> Path:
     """
     if "${" in root:
         raise SettingsError(
-            f"prepare.sources.{corpus}.root is {root!r}: write the variable without braces, $NAME/folder"
+            f"prepare.sources.{corpus}.{setting} is {root!r}: write the variable without braces, $NAME/folder"
         )
     for name in VARIABLE.findall(root):
         if name not in os.environ:
             raise DataError(
-                f"prepare.sources.{corpus}.root is {root!r} and the variable {name} is not set; "
+                f"prepare.sources.{corpus}.{setting} is {root!r} and the variable {name} is not set; "
                 f"set it to the folder of your corpora (export {name}=...)"
             )
     return Path(VARIABLE.sub(lambda match: os.environ[match[1]], root)).expanduser()

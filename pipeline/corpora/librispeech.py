@@ -4,11 +4,13 @@
     ROOT/SUBSET/SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt       one "NAME WORDS" per line
 
 Train, dev and test are the official ones, by the name of the subset, and have no speaker in common. Speaker
-identification needs the same speakers on both sides, so there each speaker's utterances are shared out.
+identification needs the same speakers on both sides, so there each speaker's utterances are shared out. Phones come from
+a lexicon; an utterance with a word that is not in it takes no part in phone recognition (pr), and all others do.
 """
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +20,7 @@ from cache.errors import DataError
 from pipeline.audio import Quarantine
 from pipeline.corpora.folder import audio_at, corpus_root, folders, leads_inside, path_in, recordings
 from pipeline.corpora.item import Item
+from pipeline.corpora.lexicon import LexiconParams, pronounced, read_lexicon
 from pipeline.corpora.splits import Fractions, WithinSpeakers, split_alone, split_within
 
 NAME = re.compile(r"[\w-]+")
@@ -37,15 +40,18 @@ class LibriSpeechParams(BaseModel, frozen=True, extra="forbid"):
     """Part of the training speakers that is dev instead; 0 where a dev subset is at hand."""
     sid: WithinSpeakers | None
     """Speaker identification; null leaves that task out."""
+    lexicon: LexiconParams | None
+    """Phone recognition, by the words of the transcripts; null leaves that task out."""
 
 
 def librispeech_items(corpus: str, params: LibriSpeechParams) -> Iterator[Item]:
     """The utterances of the subsets, by subset as listed, then speaker, chapter and name.
 
     Raises:
-        DataError: a folder that is missing or has another layout, or a transcript that cannot be read.
+        DataError: a folder that is missing or has another layout, or a transcript or a lexicon that cannot be read.
     """
     root = corpus_root(corpus, params.root)
+    lexicon = read_lexicon(corpus, params.lexicon) if params.lexicon is not None else {}
     for subset in params.subsets:
         check_subset(corpus, root, subset)
     for subset in params.subsets:
@@ -53,7 +59,7 @@ def librispeech_items(corpus: str, params: LibriSpeechParams) -> Iterator[Item]:
         for speaker in folders(root / subset):
             items = [item for chapter in folders(speaker) for item in chapter_items(corpus, root, subset, chapter)]
             found += len(items)
-            yield from with_splits(items, subset, speaker.name, params)
+            yield from with_splits(items, subset, speaker.name, params, lexicon)
         if not found:
             raise DataError(f"{root / subset} has no recordings in SPEAKER/CHAPTER/ folders; unpack the subset there")
 
@@ -124,12 +130,17 @@ def read_transcript(file: Path) -> dict[str, str]:
     return texts
 
 
-def with_splits(items: list[Item], subset: str, speaker: str, params: LibriSpeechParams) -> Iterator[Item]:
+def with_splits(
+    items: list[Item], subset: str, speaker: str, params: LibriSpeechParams, lexicon: dict[str, str]
+) -> Iterator[Item]:
     """The utterances of one speaker, each in its splits; what is quarantined already does not count."""
     split = subset.split("-")[0]
     if split == "train":
         split = split_alone(f"librispeech speaker {speaker}", Fractions(dev=params.dev_speakers, test=0))
     sid = split_within({item.id: speaker for item in items if isinstance(item.audio, Path)}, params.sid)
     for item in items:
-        tasks = {"sid": sid[item.id]} if item.id in sid else {}
-        yield Item(item.id, item.corpus, item.path, item.audio, split, tasks, item.speaker, item.text)
+        phones = pronounced(item.text, lexicon)
+        tasks = {"pr": split} if phones is not None and isinstance(item.audio, Path) else {}
+        if item.id in sid:
+            tasks["sid"] = sid[item.id]
+        yield replace(item, split=split, tasks=tasks, pronunciation=phones)
