@@ -337,6 +337,22 @@ def test_the_same_seed_gives_the_same_loss_and_another_does_not(waves, hidden):
     assert losses[0] == losses[1] != losses[2]
 
 
+def test_in_half_precision_the_comparison_stays_in_single(waves, hidden):
+    task = new_objective().eval()
+    states, features = (torch.randn(3, 30, width, generator=torch.Generator().manual_seed(width)) for width in (24, 16))
+    torch.manual_seed(0)
+    exact, exact_diversity = task.compare(states, features, hidden, 1.0)
+    torch.manual_seed(0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, diversity = task.compare(states, features, hidden, 1.0)
+        assert task.project_hid(states).dtype == torch.bfloat16  # it would have been half
+        whole = task.train()(waves, hidden, 0.0)
+    assert torch.equal(exact.loss, found.loss)
+    assert torch.equal(exact_diversity, diversity)
+    whole.loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in task.parameters())
+
+
 def planted(num, generator):
     """Tones that change every 4 frames, each followed by the same other one: what is hidden can be told from beside it."""
     notes = torch.tensor([400.0, 800.0, 1_600.0, 3_200.0])

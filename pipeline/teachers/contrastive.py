@@ -92,7 +92,7 @@ class Quantiser(nn.Module):
 
     def forward(self, features: Float[Tensor, "N D"], temperature: float) -> Quantised:
         """Draw a codeword of each codebook when training, else take the likeliest (eq. 1); the noise is torch's generator's."""
-        logits = self.weight_proj(features).view(-1, self.codebooks, self.entries).float()
+        logits = self.weight_proj(features).view(-1, self.codebooks, self.entries)
         if self.training:
             chosen = nn.functional.gumbel_softmax(logits, tau=temperature, hard=True)
         else:
@@ -147,13 +147,14 @@ class Contrastive(nn.Module):
         temperature: float,
     ) -> tuple[Prediction, Float[Tensor, ""]]:
         """Contrastive loss of the chosen frames (eq. 3), each told from others that are chosen, and their diversity loss."""
-        quantised = self.quantiser(features[chosen], temperature)
-        others = draw_distractors(chosen, self.params.distractors)
-        predicted, targets = self.project_hid(states[chosen]), self.project_q(quantised.vectors)
-        logits = contrast(predicted, targets, quantised.codes, others) / self.params.temperature
-        found = (logits[:, :1] > logits[:, 1:]).all(1) & logits[:, 1:].isfinite().any(1)
-        loss = nn.functional.cross_entropy(logits, torch.zeros_like(others[:, 0]))
-        return Prediction(loss, found.float().mean()), diversity_loss(quantised.mean_use)
+        with torch.autocast(states.device.type, enabled=False):  # half precision is for the model alone
+            quantised = self.quantiser(features[chosen].float(), temperature)
+            others = draw_distractors(chosen, self.params.distractors)
+            predicted, targets = self.project_hid(states[chosen].float()), self.project_q(quantised.vectors)
+            logits = contrast(predicted, targets, quantised.codes, others) / self.params.temperature
+            found = (logits[:, :1] > logits[:, 1:]).all(1) & logits[:, 1:].isfinite().any(1)
+            loss = nn.functional.cross_entropy(logits, torch.zeros_like(others[:, 0]))
+            return Prediction(loss, found.float().mean()), diversity_loss(quantised.mean_use)
 
 
 def draw_distractors(chosen: Bool[Tensor, "B T"], num: int) -> Int64[Tensor, "N K"]:
@@ -178,10 +179,8 @@ def contrast(
     others: Int64[Tensor, "N K"],
 ) -> Float[Tensor, "N 1+K"]:
     """Cosines of each prediction to its target, then to those of the others; -inf for those with the target's very codes."""
-    directions = nn.functional.normalize(targets.float(), dim=1)
-    cosines = (
-        nn.functional.normalize(predicted.float(), dim=1) @ directions.T
-    )  # of each to each: far fewer than N K C numbers
+    directions = nn.functional.normalize(targets, dim=1)
+    cosines = nn.functional.normalize(predicted, dim=1) @ directions.T  # of each to each: far fewer than N K C numbers
     same = (codes[others] == codes[:, None]).all(2)
     return torch.cat([cosines.diagonal()[:, None], cosines.gather(1, others).masked_fill(same, -torch.inf)], 1)
 
