@@ -21,6 +21,7 @@ STAGES = {  # in the order of the pipeline, as `decant --help` lists them
     "prepare": "corpora -> manifest and waveforms",
     "teacher": "a pinned teacher, fetched or pretrained here",
     "extract": "a model's layers -> a store and its receipt",
+    "similarity": "how alike the layers of a teacher are",
     "targets": "what one student reads of the stores",
     "distill": "one student, from the stores alone",
     "probe": "a frozen model's score on one task",
