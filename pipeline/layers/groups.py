@@ -77,7 +77,8 @@ def _anyone(far: Float64[np.ndarray, "L L"], method: str) -> Float64[np.ndarray,
 
 def _neighbours(far: Float64[np.ndarray, "L L"], method: str) -> Float64[np.ndarray, "N 4"]:
     """Our own, because scipy's knows no order and scikit-learn's, kept to neighbours, forgets the pairs that do not touch."""
-    join: Callable[..., Any] = {"average": np.mean, "complete": np.max, "single": np.min}[method]
+    joins: dict[str, Callable[..., Any]] = {"average": np.mean, "complete": np.max, "single": np.min}
+    join = joins[method]
     clusters = [(n, [n]) for n in range(len(far))]
     merges = []
     while len(clusters) > 1:
