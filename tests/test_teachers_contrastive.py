@@ -309,6 +309,14 @@ def test_every_part_learns_and_the_convolutions_as_slowly_as_they_are_told(waves
         torch.testing.assert_close(gradients[0.1][name], expected, rtol=1e-4, atol=1e-7)
 
 
+def test_convolutions_whose_gradient_is_nought_stay_as_they_began(waves, hidden):
+    task = new_objective(feature_grad_mult=0.0).train()
+    assert torch.equal(task.convolve(waves), new_objective().convolve(waves))
+    task(waves, hidden, 0.5).loss.backward()
+    still = {name for name, p in task.named_parameters() if p.grad is None}
+    assert still == {name for name, _ in task.named_parameters() if ".feature_extractor." in name}
+
+
 def test_frames_that_were_not_hidden_are_told_from_each_other_when_asked(waves, hidden):
     torch.manual_seed(8)
     plain = new_objective().eval()

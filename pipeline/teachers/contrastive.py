@@ -52,8 +52,8 @@ class ContrastiveParams(BaseModel, frozen=True, extra="forbid"):
     """alpha, the weight of the codebooks' diversity (paper: 0.1)."""
     penalty_weight: float = Field(ge=0)
     """Weight of the mean square of the convolutions' output (paper: 10, from fairseq's configuration)."""
-    feature_grad_mult: float = Field(gt=0)
-    """Factor on the gradient that reaches the convolutions (paper: 0.1)."""
+    feature_grad_mult: float = Field(ge=0)
+    """Factor on the gradient that reaches the convolutions (paper: 0.1); 0 leaves them as they began."""
     unmasked_weight: float = Field(ge=0)
     """Weight of the same loss on the frames that were not hidden, told from each other (paper: 0)."""
 
@@ -123,9 +123,7 @@ class Contrastive(nn.Module):
         Returns:
             The loss, and the part of the hidden frames that are nearer to their own target than to any distractor.
         """
-        features = self.model.feature_extractor(waves).transpose(1, 2)  # (B, T, D)
-        if features.requires_grad:
-            features.register_hook(lambda gradient: gradient * self.params.feature_grad_mult)
+        features = self.convolve(waves)
         penalty = features.float().square().mean()
         projected, normed = self.model.feature_projection(features)
         projected = torch.where(hidden[:, :, None], self.model.masked_spec_embed.to(projected.dtype), projected)
@@ -138,6 +136,15 @@ class Contrastive(nn.Module):
             seen, _ = self.compare(states, normed, ~hidden, temperature)
             loss = loss + self.params.unmasked_weight * seen.loss
         return Prediction(loss, prediction.accuracy)
+
+    def convolve(self, waves: Float[Tensor, "B S"]) -> Float[Tensor, "B T D"]:
+        """The convolutions' output, whose gradient is scaled on the way back."""
+        factor = self.params.feature_grad_mult
+        with torch.set_grad_enabled(factor > 0 and torch.is_grad_enabled()):
+            features: Tensor = self.model.feature_extractor(waves).transpose(1, 2)
+        if features.requires_grad and factor != 1:
+            features.register_hook(lambda gradient: gradient * factor)
+        return features
 
     def compare(
         self,
