@@ -4,6 +4,8 @@ The coordinator: it holds the store's lock, has the codec fitted, gives the miss
 renames and records what they wrote. Features never travel: a worker writes them to the disk that all share.
 """
 
+from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from cache.receipts import make_receipt, store_root
 from cache.tables import table_names
 from cache.writer import StoreWriter, clear_partials
 from pipeline.extract import Tick, open_job
-from pipeline.extraction.crew import Crew
+from pipeline.extraction.crew import Crew, Lost
 from pipeline.extraction.job import Job
 from pipeline.extraction.settings import Keep
 from pipeline.extraction.task import Described, Order, Written, device_of_worker, extract_shard, fit_on_worker
@@ -21,13 +23,13 @@ NAMED = 3  # shards that an error names
 
 
 def order_of(job: Job, models: list[Path], manifest: Path, waves: Path, keep: Keep) -> Order:
-    """What the driver tells workers of a job; paths become absolute."""
+    """What the driver tells workers of a job; paths become absolute, links in them stay: they may lead elsewhere there."""
     return Order(
-        directory=str(job.directory.resolve()),
-        stores=str(store_root().resolve()),
-        models=tuple(str(model.resolve()) for model in models),
-        manifest=str(manifest.resolve()),
-        waves=str(waves.resolve()),
+        directory=str(job.directory.absolute()),
+        stores=str(store_root().absolute()),
+        models=tuple(str(model.absolute()) for model in models),
+        manifest=str(manifest.absolute()),
+        waves=str(waves.absolute()),
         params=job.params,
         keep=keep,
         device=job.device.split(":")[0],
@@ -58,10 +60,11 @@ def extract_on(crew: Crew, order: Order, job: Job, tick: Tick) -> dict[str, Any]
                 return order, shard, missing[shard], {array: _tables(writer, array) for array in missing[shard]}
 
             written: list[Written]
-            for shard, written in crew.run(extract_shard, arguments, missing):
-                for file in written:
-                    writer.adopt(file.array, shard, file.name, file.size, file.digest)
-                    committed(file.array, shard)
+            with closing(crew.run(extract_shard, arguments, missing)) as made:
+                for shard, written in made:
+                    for file in written:
+                        writer.adopt(file.array, shard, file.name, file.size, file.digest)
+                        committed(file.array, shard)
         finally:
             clear_partials(job.directory)  # of workers that died, or finished what had gone to others
     if crew.lost:
@@ -105,7 +108,7 @@ def _explain(crew: Crew, job: Job) -> DataError | StoreError | ResourceError:
     )
 
 
-def _worst(lost: Any) -> type[DataError] | type[StoreError] | type[ResourceError]:
+def _worst(lost: Iterable[Lost]) -> type[DataError] | type[StoreError] | type[ResourceError]:
     kinds = {how.kind for how in lost}
     return DataError if DataError in kinds else StoreError if StoreError in kinds else ResourceError
 

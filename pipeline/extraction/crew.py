@@ -1,15 +1,15 @@
-"""Numbered pieces of work and a Dask client in, their answers out: who does what, and what becomes of those who fail.
+"""Numbered parts of a job and a Dask client in, their answers out: who does what, and what becomes of those who fail.
 
-The driver gives each worker its pieces by name instead of leaving that to the scheduler, because only then is it known whose
-death a piece was at, and how long it has taken. A piece whose worker ended, or did not answer in time, is given to another.
-It is a suspect from then on: it has its worker to itself, so that it spoils no other piece's record, and comes after the
+The driver gives each worker its parts by name instead of leaving that to the scheduler, because only then is it known whose
+death a part was at, and how long it has taken. A part whose worker ended, or did not answer in time, is given to another.
+It is a suspect from then on: it has its worker to itself, so that it spoils no other part's record, and comes after the
 others. When it has failed too often it is put aside, and named at the end.
 """
 
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -19,12 +19,12 @@ from distributed import CancelledError, Client, Future, KilledWorker, wait
 from cache.errors import DecantError, ResourceError, SettingsError, StoreError
 from pipeline.extraction.task import Refused
 
-AT_ONCE = 2  # pieces that a worker with two threads has: one is computed while the last one is written
+AT_ONCE = 2  # parts that a worker with two threads has: one is computed while the last one is written
 LOOK_SEC = 0.5  # between looks at who is there, while nothing is answered
 FETCH_SEC = 30.0  # for an answer of a few bytes, from a worker that has said it is there
 RESTART_SEC = 60.0
 
-Piece = int
+Part = int
 
 
 class Limits(NamedTuple):
@@ -33,11 +33,11 @@ class Limits(NamedTuple):
     deadline_sec: float
     """A worker that has work and has answered nothing for so long has hung."""
     attempts: int
-    """Failures of one piece after which it is put aside."""
+    """Failures of one part after which it is put aside."""
 
 
 class Lost(NamedTuple):
-    """How a piece failed for the last time."""
+    """How a part failed for the last time."""
 
     kind: type[DecantError]
     why: str
@@ -48,14 +48,14 @@ class Hand:
     """A worker, as the driver sees it."""
 
     room: int
-    """Pieces that it may have at a time."""
+    """Parts that it may have at a time."""
     since: float = 0.0
     """When it last answered, or was given something after it had nothing."""
-    held: dict[Piece, Future] = field(default_factory=dict)
+    held: dict[Part, Future] = field(default_factory=dict)
 
 
 class Crew:
-    """The workers of a client. After `run`, `lost` has the pieces that were put aside."""
+    """The workers of a client. After `run`, `lost` has the parts that were put aside."""
 
     def __init__(
         self,
@@ -65,23 +65,24 @@ class Crew:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.client, self.limits = client, limits
-        self.lost: dict[Piece, Lost] = {}
+        self.lost: dict[Part, Lost] = {}
         self._tell, self._clock = tell, clock
         self._hands: dict[str, Hand] = {}
+        self._waits = False
         self._hung: set[str] = set()  # addresses that get nothing any more
-        self._todo: deque[Piece] = deque()
-        self._suspects: set[Piece] = set()
-        self._failures: Counter[Piece] = Counter()
+        self._todo: deque[Part] = deque()
+        self._suspects: set[Part] = set()
+        self._failures: Counter[Part] = Counter()
 
     def run(
-        self, work: Callable[..., Any], arguments: Callable[[Piece], tuple[Any, ...]], pieces: Iterable[Piece]
-    ) -> Iterator[tuple[Piece, Any]]:
-        """Have all pieces done and give each answer as it comes, each once.
+        self, work: Callable[..., Any], arguments: Callable[[Part], tuple[Any, ...]], parts: Iterable[Part]
+    ) -> Generator[tuple[Part, Any], None, None]:
+        """Have all parts done and give each answer as it comes, each once.
 
         Args:
             work: a function of an importable module; what it returns travels, so it is small.
-            arguments: of one call, asked for when the piece is given to a worker.
-            pieces: which, in order.
+            arguments: of one call, asked for when the part is given to a worker.
+            parts: which, in order.
 
         Raises:
             DecantError: a worker refused in a way that all would.
@@ -89,7 +90,7 @@ class Crew:
             StoreError: the scheduler is gone.
             ResourceError: no worker answers.
         """
-        self._todo = deque(pieces)
+        self._todo = deque(parts)
         self.lost, self._suspects, self._failures = {}, set(), Counter()
         try:
             while self._todo or any(hand.held for hand in self._hands.values()):
@@ -102,6 +103,11 @@ class Crew:
                 for future in hand.held.values():
                     future.release()
                 hand.held.clear()
+
+    @property
+    def busy(self) -> int:
+        """Workers that have work."""
+        return sum(bool(hand.held) for hand in self._hands.values())
 
     def _muster(self) -> None:
         """See who is there."""
@@ -118,35 +124,39 @@ class Crew:
                 "start others or raise --deadline-sec, then run the same command again"
             )
 
-    def _hand_out(self, work: Callable[..., Any], arguments: Callable[[Piece], tuple[Any, ...]]) -> None:
+    def _hand_out(self, work: Callable[..., Any], arguments: Callable[[Part], tuple[Any, ...]]) -> None:
         for address, hand in self._hands.items():
-            while (piece := self._next_for(hand)) is not None:
+            while (part := self._next_for(hand)) is not None:
                 if not hand.held:
                     hand.since = self._clock()
-                hand.held[piece] = self.client.submit(
+                hand.held[part] = self.client.submit(
                     work,
-                    *arguments(piece),
-                    key=f"decant-{work.__name__}-{piece}-{uuid.uuid4().hex}",
+                    *arguments(part),
+                    key=f"decant-{work.__name__}-{part}-{uuid.uuid4().hex}",
                     workers=[address],
                     pure=False,
                     retries=0,
                 )
 
-    def _next_for(self, hand: Hand) -> Piece | None:
+    def _next_for(self, hand: Hand) -> Part | None:
         if len(hand.held) >= hand.room or self._suspects & hand.held.keys():
             return None
-        for number, piece in enumerate(self._todo):
-            if not hand.held or piece not in self._suspects:
+        for number, part in enumerate(self._todo):
+            if not hand.held or part not in self._suspects:
                 del self._todo[number]
-                return piece
+                return part
         return None
 
-    def _answers(self) -> Iterator[tuple[Piece, Any]]:
+    def _answers(self) -> Generator[tuple[Part, Any], None, None]:
         """Wait a moment for answers; what failed goes back."""
-        who = {future: (address, piece) for address, hand in self._hands.items() for piece, future in hand.held.items()}
+        who = {future: (address, part) for address, hand in self._hands.items() for part, future in hand.held.items()}
         if not who:
-            time.sleep(LOOK_SEC)  # nobody is there yet
+            if not self._waits:
+                self._tell(f"waiting for a worker at {self._address}")
+            self._waits = True
+            time.sleep(LOOK_SEC)
             return
+        self._waits = False
         try:
             with self.client.as_current():
                 done = wait(list(who), timeout=LOOK_SEC, return_when="FIRST_COMPLETED").done
@@ -155,20 +165,20 @@ class Crew:
         except CancelledError:
             raise self._gone() from None
         for future in done:
-            address, piece = who[future]
+            address, part = who[future]
             hand = self._hands[address]
             alone = len(hand.held) == 1
             answer = self._read(future, address)
-            del hand.held[piece]
+            del hand.held[part]
             hand.since = self._clock()
             if isinstance(answer, Refused) and answer.ends_run:
                 raise answer.kind(answer.message)
             if isinstance(answer, Refused):
-                self._failed(piece, Lost(answer.kind, answer.message), counts=True)
+                self._failed(part, Lost(answer.kind, answer.message), counts=True)
             elif isinstance(answer, Lost):
-                self._failed(piece, answer, counts=alone or answer.kind is not ResourceError)
+                self._failed(part, answer, counts=alone or answer.kind is not ResourceError)
             else:
-                yield piece, answer
+                yield part, answer
 
     def _read(self, future: Future, address: str) -> Any:
         """What a worker answered, or how that failed."""
@@ -203,17 +213,17 @@ class Crew:
     def _take_back(self, address: str, kind: type[DecantError], why: str) -> None:
         """All that a worker had; only what it had alone is to blame."""
         held = self._hands.pop(address).held
-        for piece, future in held.items():
+        for part, future in held.items():
             future.release()
-            self._failed(piece, Lost(kind, why), counts=len(held) == 1)
+            self._failed(part, Lost(kind, why), counts=len(held) == 1)
 
-    def _failed(self, piece: Piece, how: Lost, counts: bool) -> None:
-        self._suspects.add(piece)
-        self._failures[piece] += counts
-        if self._failures[piece] >= self.limits.attempts:
-            self.lost[piece] = how
+    def _failed(self, part: Part, how: Lost, counts: bool) -> None:
+        self._suspects.add(part)
+        self._failures[part] += counts
+        if self._failures[part] >= self.limits.attempts:
+            self.lost[part] = how
         else:
-            self._todo.append(piece)
+            self._todo.append(part)
 
     def _ask(self, question: Callable[[], Any]) -> Any:
         """Ask the scheduler."""

@@ -66,7 +66,7 @@ class SlurmParams(BaseModel, frozen=True, extra="forbid"):
         """Seconds that a worker lives, give or take the stagger.
 
         Raises:
-            SettingsError: none.
+            SettingsError: nothing is left of the wall time.
         """
         days, _, clock = self.walltime.rpartition("-")
         hours, minutes, seconds = map(int, clock.split(":"))
@@ -91,6 +91,8 @@ def hire(
     """
     if scheduler and executor != "dask":
         raise SettingsError(f"--scheduler {scheduler} goes with --executor dask, not {executor}")
+    if scheduler and workers is not None:
+        raise SettingsError(f"--workers is {workers} and {scheduler} has its own; leave one of the two out")
     if device not in ("auto", "cpu", "cuda"):
         raise SettingsError(f"--device {device} names one GPU, and each worker has its own; choose cpu, cuda or auto")
     if slurm is not None:
