@@ -41,6 +41,7 @@ from pipeline.calibrate import fit_tables
 from pipeline.codecs import Decoder, encode, to_device
 from pipeline.devices import choose_device
 from pipeline.distill.batches import BatchReader
+from pipeline.distill.ensemble import TargetMaker
 from pipeline.distill.learner import Learner, StudentParams
 from pipeline.distill.plan import plan_epoch
 from pipeline.distill.train import distil
@@ -144,11 +145,11 @@ def train(project: Project, receipts: Path, exact: Path, out: Path, seed: int) -
     targets, truth = (choose_targets(student.ensemble, r, student.init, project.init) for r in (receipts, exact))
     start = open_init(targets, student.init, project.init)
     distil(student, targets, project.manifest, project.waves, start, out, device, nothing, nothing)
-    store, dev = open_targets(truth), project.manifest.select(split="dev")
-    learner = Learner(student, truth, start, device, Decoder(store, list(truth.arrays), device))
+    stores, dev = open_targets(truth), project.manifest.select(split="dev")
+    learner = Learner(student, truth, start, device, TargetMaker(student.ensemble, truth, stores, device))
     learner.encoder.load_state_dict(load_file(out / "weights.safetensors"))
-    learner.heads.load_state_dict(load_file(out / "heads.safetensors"))
-    reader = BatchReader(dev, project.waves, store, list(truth.arrays))
+    learner.heads[0].load_state_dict(load_file(out / "heads.safetensors"))
+    reader = BatchReader(dev, project.waves, stores, [list(truth.stores[0].arrays)])
     plan = plan_epoch(dev.samples, student.train.crop, student.train.batch_seconds, seed, 0)
     terms = learner.evaluate(map(reader.read, plan))
     splits = labelled_splits(project.manifest, task_named(project.task))

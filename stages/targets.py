@@ -19,17 +19,20 @@ def main(
     """Choose what a student learns; the output's bytes change only when that does."""
     from cache.errors import SettingsError
     from cache.publish import write_json
-    from pipeline.layers.targets import Adopted, Init, Random, SingleTeacher, choose_targets, targets_json
+    from pipeline.layers.ensembles import AnyEnsemble, Ensemble, head_groups, members
+    from pipeline.layers.targets import Adopted, Init, Random, choose_targets, targets_json
     from stages._params import read_params
 
-    ensemble: SingleTeacher = read_params(f"students.{name}.ensemble", SingleTeacher, params)
+    ensemble: AnyEnsemble = read_params(f"students.{name}.ensemble", Ensemble, params)
     start: Adopted | Random = read_params(f"students.{name}.init", Init, params)
     try:
         targets = choose_targets(ensemble, receipts, start, init)
     except SettingsError as error:
         raise SettingsError(f"{params}: students.{name}: {error}") from error
     write_json(out, targets_json(targets))
-    print(f"targets {name}: {', '.join(targets.arrays)} of {ensemble.teacher}, {targets.width} wide")
+    read = (f"{', '.join(s.arrays)} of {m.teacher}" for m, s in zip(members(ensemble), targets.stores, strict=True))
+    heads = (f"{group.heads} heads {group.width} wide" for group in head_groups(ensemble, targets.widths))
+    print(f"targets {name}: {'; '.join(read)}: {', '.join(heads)}")
 
 
 if __name__ == "__main__":

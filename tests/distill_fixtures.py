@@ -38,7 +38,7 @@ SHAPE: dict[str, Any] = {
     "dropout": {"features": 0.1, "hidden": 0.1, "attention": 0.1, "activation": 0.1},
 }
 STUDENT: dict[str, Any] = {
-    "ensemble": {"kind": "single", "teacher": "hubert", "layers": [3, 1]},
+    "ensemble": {"kind": "single", "teacher": "hubert", "layers": [3, 1], "normalise": None},
     "init": {"kind": "adopted", "teacher": "hubert"},
     "shape": {**SHAPE, "feature_norm": False, "heads": [2, 2], "ffn": [24, 24]},
     "train": {
@@ -52,7 +52,9 @@ STUDENT: dict[str, Any] = {
         "clip": 5.0,
         "feature_grad_mult": 0.1,
         "l1_weight": 1.0,
+        "l2_weight": 0.0,
         "cosine_weight": 1.0,
+        "cosine": "log_sigmoid",
         "precision": "float32",
         "log_every": 3,
         "validate_every": 5,
@@ -105,6 +107,8 @@ def write_params(world: World, **changes: Any) -> None:
     """params.yaml with one student; changes are given per section ({"train": {"steps": 3}})."""
     student = {k: {**v, **changes.get(k, {})} if isinstance(v, dict) else changes.get(k, v) for k, v in STUDENT.items()}
     student["init"] = changes.get("init", STUDENT["init"])
+    if "kind" in changes.get("ensemble", {}):
+        student["ensemble"] = changes["ensemble"]
     (world.root / "params.yaml").write_text(yaml.safe_dump({"students": {"distil": student}}))
 
 

@@ -24,7 +24,8 @@ from cache.places import RemotePath, place_of
 from cache.publish import write_json
 from cache.ragged import Store
 from cache.receipts import make_receipt, open_receipt, store_path, store_root
-from pipeline.layers.targets import Adopted, SingleTeacher, choose_targets, targets_json
+from pipeline.layers.ensembles import SingleTeacher
+from pipeline.layers.targets import Adopted, choose_targets, targets_json
 from pipeline.tasks.features import pool
 from tests.cache_fixtures import LAYERS, ROWS, build, edit, flip
 from tests.conftest import make_tiny_corpus
@@ -507,7 +508,7 @@ def test_training_from_a_url_gives_the_weights_of_training_from_the_disk(server,
     world = make_world(tmp_path)
     write_params(world, train={"steps": 6})
     chosen = choose_targets(
-        SingleTeacher(kind="single", teacher="hubert", layers=(3, 1)),
+        SingleTeacher(kind="single", teacher="hubert", layers=(3, 1), normalise=None),
         tmp_path / "receipts",
         Adopted(kind="adopted", teacher="hubert"),
         tmp_path / "init",

@@ -3,11 +3,12 @@ import pytest
 import torch
 
 from pipeline.distill.heads import PredictionHeads, initialise_heads
-from pipeline.distill.losses import distillation_loss
+from pipeline.distill.losses import LossWeights, distillation_loss
 from pipeline.distill.schedule import make_optimizer, rate_at
 from pipeline.student.encoder import count_parameters
 
 COUNTS = [7, 3, 5]
+DISTILHUBERT = LossWeights(1.0, 0.0, 1.0, "log_sigmoid")
 
 
 def drawn(dtype=torch.float32):
@@ -33,11 +34,12 @@ def by_the_formula(predicted, targets):
 def test_the_loss_is_the_published_formula_over_valid_frames(dtype):
     predicted, targets, mask = drawn(dtype)
     l1, cosine = by_the_formula(predicted, targets)
-    terms = distillation_loss(predicted, targets, mask, l1_weight=1.0, cosine_weight=0.5)
-    assert terms.total.dtype == dtype
-    assert float(terms.l1) == pytest.approx(l1, abs=1e-6)
-    assert float(terms.cosine) == pytest.approx(cosine, abs=1e-6)
-    assert float(terms.total) == pytest.approx(l1 + 0.5 * cosine, abs=1e-6)
+    terms = distillation_loss(predicted, targets, mask, LossWeights(1.0, 0.0, 0.5, "log_sigmoid"))
+    assert terms["total"].dtype == dtype
+    assert float(terms["l1"]) == pytest.approx(l1, abs=1e-6)
+    assert float(terms["cosine"]) == pytest.approx(cosine, abs=1e-6)
+    assert float(terms["total"]) == pytest.approx(l1 + 0.5 * cosine, abs=1e-6)
+    assert list(terms) == ["l1", "cosine", "total"]
 
 
 def test_nan_in_the_padding_changes_neither_the_loss_nor_its_gradient():
@@ -47,7 +49,7 @@ def test_nan_in_the_padding_changes_neither_the_loss_nor_its_gradient():
         predicted[~mask[:, None].expand(-1, 2, -1)] = fill
         targets[~mask[:, None].expand(-1, 2, -1)] = fill
         predicted.requires_grad_()
-        total = distillation_loss(predicted, targets, mask, 1.0, 1.0).total
+        total = distillation_loss(predicted, targets, mask, DISTILHUBERT)["total"]
         total.backward()
         results.append((total.detach(), predicted.grad))
     assert torch.isfinite(results[1][0])
@@ -58,10 +60,10 @@ def test_nan_in_the_padding_changes_neither_the_loss_nor_its_gradient():
 def test_half_precision_targets_are_compared_in_float32():
     predicted, targets, mask = drawn()
     stored = targets.half()
-    terms = distillation_loss(predicted, stored, mask, 1.0, 1.0)
-    assert terms.total.dtype == torch.float32
+    terms = distillation_loss(predicted, stored, mask, DISTILHUBERT)
+    assert terms["total"].dtype == torch.float32
     l1, _ = by_the_formula(predicted, stored.float())
-    assert float(terms.l1) == pytest.approx(l1, abs=1e-6)
+    assert float(terms["l1"]) == pytest.approx(l1, abs=1e-6)
 
 
 def test_heads_are_a_wide_linear_and_a_block_diagonal_one():

@@ -20,7 +20,8 @@ from cache.publish import read_json, write_json
 from cache.receipts import open_receipt
 from pipeline.distill.learner import StudentParams
 from pipeline.distill.train import distil
-from pipeline.layers.targets import Adopted, SingleTeacher, choose_targets, targets_json
+from pipeline.layers.ensembles import SingleTeacher
+from pipeline.layers.targets import Adopted, choose_targets, targets_json
 from pipeline.student.checkpoint import load_student
 from stages._params import read_params
 from stages.distill import app
@@ -47,7 +48,7 @@ def one_thread():
 
 
 def targets_of(world):
-    ensemble = SingleTeacher(kind="single", teacher="hubert", layers=(3, 1))
+    ensemble = SingleTeacher(kind="single", teacher="hubert", layers=(3, 1), normalise=None)
     return choose_targets(
         ensemble, world.root / "receipts", Adopted(kind="adopted", teacher="hubert"), world.root / "init"
     )
@@ -274,7 +275,7 @@ def test_targets_that_are_no_numbers_stop_the_run_with_the_batch_kept(world, mon
     def poisoned(self, *args):
         batch = real(self, *args)
         if "utt-07" in batch.ids:
-            batch.targets[batch.ids.index("utt-07"), 0, 0, 0] = float("nan")
+            batch.targets[0][batch.ids.index("utt-07"), 0, 0, 0] = float("nan")
         return batch
 
     monkeypatch.setattr(BatchReader, "_batch", poisoned)
@@ -282,13 +283,13 @@ def test_targets_that_are_no_numbers_stop_the_run_with_the_batch_kept(world, mon
         train(world)
     (dump,) = (world.root / "models/.distil.training.partial").glob("not-finite-*")
     assert "utt-07" in read_json(dump / "batch.json")["ids"]
-    assert torch.isnan(load_file(dump / "batch.safetensors")["targets"]).sum() == 1
+    assert torch.isnan(load_file(dump / "batch.safetensors")["targets.0"]).sum() == 1
     assert not (world.root / "models/distil").exists()
 
 
 def test_a_bit_that_flipped_in_a_target_stops_the_run_before_it_is_learned(world):
     targets = targets_of(world)
-    shard = next((world.root / "store/features" / targets.key / "layer-01").glob("c/0/0"))
+    shard = next((world.root / "store/features" / targets.stores[0].key / "layer-01").glob("c/0/0"))
     data = bytearray(shard.read_bytes())
     data[40] ^= 4
     shard.write_bytes(data)

@@ -34,7 +34,8 @@ def small_params():
     hubert["source"].update(objective=objective, steps=[2], batch_seconds=2.0)
     params["teachers"] = {name: seeded(hubert, seed) for seed, name in enumerate(("first", "second", "spare"))}
     spare = params["teachers"]["spare"]
-    spare["starts_from"], spare["source"]["shape"] = "data/teachers/second", None
+    spare["starts_from"] = "data/teachers/second"
+    spare["source"].update(takes="model", shape=None)
     student = params["students"]["distil"]
     student["shape"].update(SIZES, heads=[2], head_width=4, ffn=[8])
     student["train"].update(steps=2, batch_seconds=8.0, validate_every=2, checkpoint_every=2, log_every=1)
@@ -51,7 +52,8 @@ def seeded(teacher, seed):
 
 def learning_from(student, teacher):
     init = {**student["init"], "teacher": teacher} if "teacher" in student["init"] else student["init"]
-    return {**student, "ensemble": {"kind": "single", "teacher": teacher, "layers": [1, 2]}, "init": init}
+    ensemble = {"kind": "single", "teacher": teacher, "layers": [1, 2], "normalise": None}
+    return {**student, "ensemble": ensemble, "init": init}
 
 
 class PlainDumper(yaml.SafeDumper):

@@ -18,7 +18,8 @@ from pipeline.distill.train import distil
 from pipeline.extract import extract
 from pipeline.extraction.settings import Calibration, Chunk, ExtractParams, Fail, Keep, Skip
 from pipeline.extraction.windows import piece_batches, pieces_of
-from pipeline.layers.targets import Adopted, SingleTeacher, choose_targets
+from pipeline.layers.ensembles import SingleTeacher
+from pipeline.layers.targets import Adopted, choose_targets
 from pipeline.teachers.forward import load_teacher
 from pipeline.teachers.sources import Folder, TeacherParams, materialise
 from stages._params import read_params
@@ -155,7 +156,7 @@ def test_a_student_trains_without_what_was_skipped_and_says_so(tmp_path, monkeyp
     skip = EXTRACT.model_copy(update={"long": Skip(kind="skip", max_sec=limit)})
     write_receipt(world, "hubert", 0, params=skip)
     write_params(world, train={"steps": 2, "validate_every": 2})
-    ensemble = SingleTeacher(kind="single", teacher="hubert", layers=(3, 1))
+    ensemble = SingleTeacher(kind="single", teacher="hubert", layers=(3, 1), normalise=None)
     start = Adopted(kind="adopted", teacher="hubert")
     targets = choose_targets(ensemble, tmp_path / "receipts", start, tmp_path / "init")
     said = []

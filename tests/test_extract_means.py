@@ -16,10 +16,12 @@ from pipeline.distill.learner import StudentParams
 from pipeline.distill.train import distil
 from pipeline.extract import extract
 from pipeline.extraction.settings import Keep
-from pipeline.layers.targets import Random, SingleTeacher, choose_targets, open_targets
+from pipeline.layers.ensembles import SingleTeacher
+from pipeline.layers.targets import Random, choose_targets, open_targets
 from pipeline.logmel import LogMel, LogMelParams
+from pipeline.models import open_models
 from pipeline.student.upstream import load_student_upstream
-from stages._models import model_paths, open_models
+from stages._models import model_paths
 from stages._params import read_params
 from stages.extract import app
 from tests.distill_fixtures import EXTRACT, make_world, write_params, write_receipt
@@ -134,11 +136,12 @@ def test_a_student_learns_from_a_mean_of_layers_over_two_teachers(world):
     paths = model_paths([world.root / "teachers"], "means.ekd.teachers", world.root / "keep.yaml")
     assert paths == [world.root / "teachers" / name for name in ("hubert", "wavlm")]
     assert open_models(paths, "cpu").describe() == named["fingerprint"]["model"]
-    ensemble = SingleTeacher(kind="single", teacher="both", layers=((2, 1), 3))
+    ensemble = SingleTeacher(kind="single", teacher="both", layers=((2, 1), 3), normalise=None)
     targets = choose_targets(ensemble, world.root / "receipts", Random(kind="random"), world.root / "init")
-    assert list(targets.arrays) == ["mean-01-02", "layer-03"]
-    assert open_targets(targets).key == read_json(world.root / "receipts/both.json")["key"]
-    write_params(world, train={"steps": 2, "validate_every": 2}, init={"kind": "random"})
+    assert list(targets.stores[0].arrays) == ["mean-01-02", "layer-03"]
+    assert open_targets(targets)[0].key == read_json(world.root / "receipts/both.json")["key"]
+    of_both = ensemble.model_dump(mode="json")
+    write_params(world, ensemble=of_both, train={"steps": 2, "validate_every": 2}, init={"kind": "random"})
     settings = read_params("students.distil", StudentParams, world.root / "params.yaml")
     waves = open_receipt(world.root / "receipts/waves.json")
     torch.manual_seed(0)
@@ -149,7 +152,7 @@ def test_a_student_learns_from_a_mean_of_layers_over_two_teachers(world):
     assert metrics["dev"]["l1"] > 0
     with pytest.raises(SettingsError, match=r"asks for layer \[1, 3\] of both, whose store has layers 3, \[1, 2\]"):
         choose_targets(
-            SingleTeacher(kind="single", teacher="both", layers=((1, 3),)),
+            SingleTeacher(kind="single", teacher="both", layers=((1, 3),), normalise=None),
             world.root / "receipts",
             Random(kind="random"),
             world.root / "init",

@@ -129,7 +129,8 @@ def write_run(run: Path) -> dict[str, Path]:
             write_curve(folder / "curves.csv", steps, 0.62 if name == "distil" else 0.71)
             settings = {"init": {"kind": "adopted"}, "train": {"steps": steps, "lr": 0.001, "batch_seconds": 60}}
             shape = {"width": width, "heads": [4, 4], "ffn": [768, 768]}
-            targets = {"key": "0", "arrays": [{"name": f"layer-{n:02d}", "digest": "0"} for n in (1, 3, 5)]}
+            arrays = [{"name": f"layer-{n:02d}", "digest": "0"} for n in (1, 3, 5)]
+            targets = {"stores": [{"key": "0", "arrays": arrays}]}
             facts = {"format": 1, "kind": "student", "shape": shape, "settings": settings, "targets": targets}
             write_json(folder / "shape.json", facts)
             dev = {"l1": 0.3812, "cosine": 0.2466, "total": 0.6278}

@@ -4,10 +4,10 @@ from typer.testing import CliRunner
 
 from cache.errors import SettingsError, StoreError
 from cache.publish import read_json, write_json
+from pipeline.layers.ensembles import SingleTeacher
 from pipeline.layers.targets import (
     Adopted,
     Random,
-    SingleTeacher,
     choose_targets,
     open_init,
     open_targets,
@@ -27,7 +27,7 @@ def world(tmp_path, monkeypatch):
 
 
 def choose(world, teacher="hubert", layers=(3, 1)):
-    ensemble = SingleTeacher(kind="single", teacher=teacher, layers=layers)
+    ensemble = SingleTeacher(kind="single", teacher=teacher, layers=layers, normalise=None)
     return choose_targets(ensemble, world.root / "receipts", HUBERT, world.root / "init")
 
 
@@ -49,13 +49,13 @@ def run_stage(world):
 
 def test_targets_keep_the_order_of_the_heads_and_open_the_store(world):
     targets = choose(world)
-    assert list(targets.arrays) == ["layer-03", "layer-01"]
+    assert list(targets.stores[0].arrays) == ["layer-03", "layer-01"]
     write_json(world.root / "targets.json", targets_json(targets))
     again = read_targets(world.root / "targets.json")
     assert again == targets
-    assert list(again.arrays) == ["layer-03", "layer-01"]
-    store = open_targets(again)
-    assert store.read("layer-03", "utt-00").shape == (world.manifest[0].num_frames, targets.width)
+    assert list(again.stores[0].arrays) == ["layer-03", "layer-01"]
+    (store,) = open_targets(again)
+    assert store.read("layer-03", "utt-00").shape == (world.manifest[0].num_frames, targets.stores[0].width)
 
 
 def test_another_teacher_or_another_layer_leaves_the_bytes_as_they_are(world):
@@ -87,12 +87,12 @@ def test_a_layer_that_was_not_kept_is_answered_with_those_that_were(world):
 
 def test_a_store_that_is_not_what_was_meant_is_refused(world):
     targets = choose(world)
-    shard = next((world.root / "store/features" / targets.key / "layer-03").rglob("c/*/0"))
+    shard = next((world.root / "store/features" / targets.stores[0].key / "layer-03").rglob("c/*/0"))
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(StoreError, match="committed with"):
         open_targets(targets)
-    write_json(world.root / "targets.json", {**targets_json(targets), "format": 2})
-    with pytest.raises(StoreError, match="format 2"):
+    write_json(world.root / "targets.json", {**targets_json(targets), "format": 3})
+    with pytest.raises(StoreError, match="format 3"):
         read_targets(world.root / "targets.json")
 
 
@@ -110,5 +110,5 @@ def test_the_start_is_the_file_that_was_chosen_or_it_is_refused(world):
 
 
 def test_a_student_drawn_at_random_does_not_depend_on_the_weights_of_a_teacher(world):
-    ensemble = SingleTeacher(kind="single", teacher="hubert", layers=(1,))
+    ensemble = SingleTeacher(kind="single", teacher="hubert", layers=(1,), normalise=None)
     assert choose_targets(ensemble, world.root / "receipts", Random(kind="random"), world.root / "gone").init is None

@@ -31,16 +31,24 @@ class Batch(NamedTuple):
     waves: Int16[Tensor, "B S"]
     """As stored; zero after each utterance's end."""
     samples: Int64[Tensor, " B"]
-    targets: Shaped[Tensor, "B N T W"]
-    """Rows as stored, decoded on the device; zero after each utterance's end."""
+    targets: list[Shaped[Tensor, "B _ T _"]]
+    """Of each feature store rows as stored, (B, N, T, W), decoded on the device; zero after each utterance's end."""
     frames: Int64[Tensor, " B"]
 
 
 class BatchReader:
-    """Reads planned batches of one manifest out of its waveforms and its targets."""
+    """Reads planned batches of one manifest out of its waveforms and the targets of one teacher or several."""
 
-    def __init__(self, manifest: Manifest, waves: Store, features: Store, arrays: Sequence[str]) -> None:
-        """Find every utterance in both stores.
+    def __init__(
+        self, manifest: Manifest, waves: Store, features: Sequence[Store], arrays: Sequence[Sequence[str]]
+    ) -> None:
+        """Find every utterance in all stores.
+
+        Args:
+            manifest: what is read.
+            waves: its waveforms.
+            features: K stores with targets.
+            arrays: what to read of each.
 
         Raises:
             DataError: an utterance is absent from a store or has another length there.
@@ -49,7 +57,8 @@ class BatchReader:
         self.padded = PaddedBatches(waves, features, arrays)
         places = []
         for u in manifest:
-            for store, want, unit in ((waves, u.samples, "samples"), (features, u.num_frames, "frames")):
+            for store in (waves, *features):
+                want, unit = (u.samples, "samples") if store is waves else (u.num_frames, "frames")
                 at = store.index.get(u.id)
                 if at is None or int(store.rows[at]) != want:
                     got = "nothing" if at is None else f"{int(store.rows[at])} {unit}"
@@ -58,15 +67,17 @@ class BatchReader:
                         "bring them in step with `dvc repro`"
                     )
                 places.append(at)
-        self._places: Int64[np.ndarray, "U 2"] = np.array(places, dtype=np.int64).reshape(-1, 2)
+        shape = len(manifest), 1 + len(features)
+        self._places: Int64[np.ndarray, "U 1+K"] = np.array(places, dtype=np.int64).reshape(shape)
         self.samples = manifest.samples
-        self.shards: Int64[np.ndarray, " U"] = features.plan.start[self._places[:, 1]] // features.grid.shard_rows
-        """The shard of the feature store that each utterance is in."""
+        first = features[0]
+        self.shards: Int64[np.ndarray, " U"] = first.plan.start[self._places[:, 1]] // first.grid.shard_rows
+        """The shard that each utterance is in: of the first feature store, and of all that are cut alike."""
 
     def read(self, items: Sequence[Item]) -> Batch:
         """One planned batch, read here and now into a buffer of its own."""
         request = self._request(items)
-        padded = int(request.waves[:, 2].max()) * len(items), int(request.features[:, 2].max()) * len(items)
+        padded = int(request.waves[:, 2].max()) * len(items), int(request.frames[:, 1].max()) * len(items)
         buffer = np.empty(self.padded.buffer_bytes(*padded), dtype=np.uint8)
         self.padded(request, buffer)
         return self._batch([item.utterance for item in items], request, buffer)
@@ -94,17 +105,19 @@ class BatchReader:
             yield (self._batch(asked.pop(0), request, buffer) for request, buffer in ring)
 
     def _request(self, items: Sequence[Item]) -> Request:
-        waves, features = [], []
+        places = self._places[[item.utterance for item in items]]
+        samples, frames = [], []
         for item in items:
-            (wave, feature), u = self._places[item.utterance].tolist(), self.manifest[item.utterance]
             if item.span is None:  # with the samples after the last frame, which the teacher's norm saw too
-                waves.append((wave, 0, u.samples))
-                features.append((feature, 0, u.num_frames))
+                u = self.manifest[item.utterance]
+                samples.append((0, u.samples))
+                frames.append((0, u.num_frames))
             else:
                 cut = item.span.samples
-                waves.append((wave, cut.start, cut.stop - cut.start))
-                features.append((feature, item.span.start, item.span.count))
-        return Request(np.array(waves, dtype=np.int64), np.array(features, dtype=np.int64))
+                samples.append((cut.start, cut.stop - cut.start))
+                frames.append((item.span.start, item.span.count))
+        waves = np.column_stack([places[:, 0], np.array(samples, dtype=np.int64)])
+        return Request(waves, places[:, 1:].T, np.array(frames, dtype=np.int64))
 
     def _batch(self, utterances: list[int], request: Request, buffer: UInt8[np.ndarray, " _"]) -> Batch:
         waves, rows = self.padded.views(request, buffer)
@@ -112,8 +125,8 @@ class BatchReader:
             [self.manifest[u].id for u in utterances],
             torch.from_numpy(waves),
             torch.from_numpy(request.waves[:, 2].copy()),
-            torch.from_numpy(rows),
-            torch.from_numpy(request.features[:, 2].copy()),
+            [torch.from_numpy(of_store) for of_store in rows],
+            torch.from_numpy(request.frames[:, 1].copy()),
         )
 
 

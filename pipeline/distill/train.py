@@ -5,7 +5,7 @@ on from there, on a CPU bit for bit; a state of other settings, targets or audio
 """
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -20,14 +20,15 @@ from cache.manifest import Manifest
 from cache.process import exclusive
 from cache.publish import digest_file, digest_json, named_io_errors, publish_dir, write_json
 from cache.ragged import Store
-from pipeline.codecs import Decoder
 from pipeline.distill.batches import Batch, BatchReader
 from pipeline.distill.curves import Curves
+from pipeline.distill.ensemble import TargetMaker
+from pipeline.distill.heads import heads_state
 from pipeline.distill.learner import Learner, StudentParams, Update
 from pipeline.distill.plan import Item, WithinShards, plan_epoch
 from pipeline.distill.state import Progress, load_state, save_state
 from pipeline.interrupt import stop_requested
-from pipeline.layers.targets import Adopted, Targets, open_targets, targets_json
+from pipeline.layers.targets import Adopted, Targets, check_targets, open_targets, targets_json
 from pipeline.ordered import ordered_map
 from pipeline.states import Say, discard_other
 from pipeline.student.checkpoint import save_student
@@ -67,9 +68,10 @@ def distil(
         verify: share of reads of the targets whose checksums are compared (`cache.ragged.Store`).
 
     Raises:
-        SettingsError: the init does not fit, or an utterance does not fit into a batch.
+        SettingsError: the init does not fit, teachers cannot be combined so, or an utterance does not fit into a batch.
         DataError: the manifest lacks a split, or its utterances are not those of the stores.
-        StoreError: the targets' store is missing, unfinished or not the one that was meant.
+        StoreError: a store of the targets is missing, unfinished or not the one that was meant; or the targets were
+            chosen for another ensemble.
         ResourceError: another process trains into the same folder.
         Interrupted: a signal came; the state is saved.
         DecantError: the loss is not finite.
@@ -79,15 +81,16 @@ def distil(
     with named_io_errors(out), exclusive(run / "lock"):
         facts = {
             "settings": params.model_dump(mode="json"),
-            "targets": targets_json(targets),
+            "targets": targets_json(targets, numbers=False),
             "init": None if init is None or not init.exists() else digest_file(init),
             "audio": digest_json([[u.id, u.audio, u.split] for u in manifest]),
         }
+        check_targets(params.ensemble, targets)
         features = open_targets(targets, verify)
         manifest = _those_kept(manifest, features, targets, say)
         splits = _splits(params, manifest)
-        arrays = list(targets.arrays)
-        learner = Learner(params, targets, init, device, Decoder(features, arrays, device))
+        arrays = [list(store.arrays) for store in targets.stores]
+        learner = Learner(params, targets, init, device, TargetMaker(params.ensemble, targets, features, device))
         splits_read = {n: BatchReader(split, waves, features, arrays) for n, split in splits.items() if len(split)}
         discard_other(run, facts, device, say)  # after all checks: a wrong path must not cost a state
         with stop_requested() as stopping:
@@ -102,25 +105,25 @@ def distil(
         }
         with publish_dir(out) as partial:
             save_student(partial, learner.encoder, facts)
-            heads = {name: tensor.detach().cpu().contiguous() for name, tensor in learner.heads.state_dict().items()}
-            (partial / "heads.safetensors").write_bytes(save(heads))
+            (partial / "heads.safetensors").write_bytes(save(heads_state(learner.heads)))
             shutil.copyfile(run / "curves.csv", partial / "curves.csv")
             write_json(partial / "metrics.json", metrics)
         shutil.rmtree(run)  # only now: until the student is published the state is what a rerun needs
     return metrics
 
 
-def _those_kept(manifest: Manifest, features: Store, targets: Targets, say: Say) -> Manifest:
+def _those_kept(manifest: Manifest, features: Sequence[Store], targets: Targets, say: Say) -> Manifest:
     """The utterances that have targets: all, but for those that extraction was told to skip for their length."""
-    long = features.fingerprint.get("long", {})
-    kept = manifest.up_to(long["max_sec"]) if long.get("kind") == "skip" else manifest
-    if kept.audio_digest != targets.audio:
+    settings = [store.fingerprint.get("long", {}) for store in features]
+    shortest = min((long["max_sec"] for long in settings if long.get("kind") == "skip"), default=None)
+    kept = manifest if shortest is None else manifest.up_to(shortest)
+    if {kept.audio_digest} != {targets.audio, *(store.fingerprint["audio"] for store in features)}:
         raise StoreError(
             "the targets were extracted from other audio, or from a selection of it, than this manifest lists; "
             "extract with keep.select: all, then run `decant targets` again"
         )
     if len(kept) < len(manifest):
-        say(f"{len(manifest) - len(kept)} utterances of more than {long['max_sec']:g} s have no targets")
+        say(f"{len(manifest) - len(kept)} utterances of more than {shortest:g} s have no targets")
     return kept
 
 
@@ -145,7 +148,7 @@ def _train(
     """Bring the learner from where its state is to the last step."""
     train, reader = learner.params.train, splits["train"]
     progress = load_state(run, learner, learner.optimizer, say)
-    curves = Curves(run / "curves.csv", 0 if progress is None else progress.curves_bytes)
+    curves = Curves(run / "curves.csv", train.loss_weights.terms, 0 if progress is None else progress.curves_bytes)
     with curves:
         if progress is None:
             progress = Progress(dev=_validate(learner, splits))
@@ -180,7 +183,7 @@ def _train(
                 if last or stop or progress.step % train.checkpoint_every == 0:
                     progress.curves_bytes = curves.flush()
                     save_state(run, progress, learner, learner.optimizer)
-                tick(1, note=f"l1 {update.l1:.3f} cosine {update.cosine:.3f}")
+                tick(1, note=f"l1 {update.terms['l1']:.3f} cosine {update.terms['cosine']:.3f}")
                 if stop:
                     raise Interrupted(
                         f"stopped after step {progress.step} of {train.steps} with its state saved; the same command goes on"
@@ -218,8 +221,8 @@ def _dev_columns(progress: Progress) -> dict[str, float]:
 
 
 def _add_up(progress: Progress, update: Update) -> None:
-    for name in ("l1", "cosine", "total", "grad_norm"):
-        progress.sums[name] = progress.sums.get(name, 0.0) + getattr(update, name)
+    for name, value in {**update.terms, "grad_norm": update.grad_norm}.items():
+        progress.sums[name] = progress.sums.get(name, 0.0) + value
     progress.summed += 1
 
 
@@ -230,15 +233,16 @@ def _not_finite(learner: Learner, batch: Batch, update: Update, run: Path, step:
         _, predicted = learner(batch)
     place = run / f"not-finite-{step:09d}"
     place.mkdir(exist_ok=True)
-    tensors = {"waves": batch.waves, "samples": batch.samples, "targets": batch.targets, "frames": batch.frames}
-    tensors["predicted"] = predicted.float().cpu().contiguous()
+    tensors = {"waves": batch.waves, "samples": batch.samples, "frames": batch.frames}
+    tensors |= {f"targets.{k}": rows for k, rows in enumerate(batch.targets)}
+    tensors |= {f"predicted.{g}": p.float().cpu().contiguous() for g, p in enumerate(predicted)}
     (place / "batch.safetensors").write_bytes(save(tensors))
     write_json(place / "batch.json", {"step": step, "ids": batch.ids, "rate": update.rate})
-    decoded = learner.decode(batch.targets.to(learner.device))
+    targets = learner.make_targets([rows.to(learner.device) for rows in batch.targets])
     bad = [
         name
-        for name, targets, count in zip(batch.ids, decoded, batch.frames.tolist(), strict=True)
-        if not bool(torch.isfinite(targets[:, :count]).all())
+        for b, (name, count) in enumerate(zip(batch.ids, batch.frames.tolist(), strict=True))
+        if not all(bool(torch.isfinite(group[b, :, :count]).all()) for group in targets)
     ]
     where = f"batch and predictions are in {place}"
     if bad:

@@ -92,7 +92,7 @@ class Student:
     @property
     def num_targets(self) -> int:
         """Layers it predicts."""
-        return len(self.facts.get("targets", {}).get("arrays", ()))
+        return sum(len(store["arrays"]) for store in self.facts.get("targets", {}).get("stores", ()))
 
 
 @dataclass(frozen=True, slots=True)
