@@ -50,6 +50,7 @@ SHAPE = {
 SETTINGS = {
     "kind": "pretrain",
     "family": "hubert",
+    "takes": None,
     "shape": SHAPE,
     "objective": MASKED,
     "steps": [6],
@@ -69,6 +70,7 @@ SETTINGS = {
     "seed": 0,
 }
 TWO_ROUNDS = {"objective": {**MASKED, "iterations": [MFCC_ROUND, LAYER_ROUND]}, "steps": [6, 3]}
+WHOLE = {"takes": "model", "shape": None}  # of the teacher that is started from
 DISTORT = {
     "combine": "each",
     "reverberation": {

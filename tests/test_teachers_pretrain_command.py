@@ -14,7 +14,7 @@ from cache.receipts import make_receipt, store_key
 from cache.waves import WaveWriter
 from pipeline.student.adopt import adopt
 from pipeline.teachers.forward import load_teacher
-from tests.pretrain_fixtures import DISTORT, SETTINGS, make_melodies
+from tests.pretrain_fixtures import DISTORT, SETTINGS, WHOLE, make_melodies
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_the_command_writes_the_teacher_and_what_a_student_starts_from(corpus, t
         place = writer.finish(store_key("waves", {}), {})
     write_json(tmp_path / "waves.json", make_receipt(place, ["wave"]))
     write_manifest(tmp_path / "manifest.jsonl", corpus.manifest.select(split="train"))
-    continued = {**SETTINGS, "shape": None, "distort": DISTORT, "steps": [2]}
+    continued = {**SETTINGS, **WHOLE, "distort": DISTORT, "steps": [2]}
     teachers = {
         "made": {"source": SETTINGS, "normalise": None, "keep": {}},
         "robust": {"source": continued, "normalise": None, "keep": {}},

@@ -31,6 +31,7 @@ from tests.pretrain_fixtures import (
     MIX,
     SHAPE,
     TWO_ROUNDS,
+    WHOLE,
     make_melodies,
     objective,
     pinned,
@@ -211,7 +212,7 @@ def test_a_teacher_of_every_family_is_pinned_and_opens(corpus, tmp_path, name):
 
 def test_a_teacher_is_continued_on_distorted_input_with_units_of_its_own_layer_on_clean_audio(corpus, tmp_path):
     before = pinned(corpus, tmp_path / "hubert")
-    changes = {"shape": None, "distort": DISTORT, "objective": objective(iterations=[LAYER_ROUND]), "steps": [3]}
+    changes = {**WHOLE, "distort": DISTORT, "objective": objective(iterations=[LAYER_ROUND]), "steps": [3]}
     # what is clustered: layer 1 of the starting teacher, of the clean recordings
     teacher, recordings = load_teacher(tmp_path / "hubert"), module.Recordings(corpus.manifest, corpus.waves)
 
@@ -251,7 +252,7 @@ def test_a_hugging_face_model_of_either_front_end_is_continued_with_its_own_norm
     transformers.Wav2Vec2FeatureExtractor(do_normalize=front == "large").save_pretrained(tmp_path / "published")
     source = Folder(kind="folder", path=str(tmp_path / "published"))
     materialise(TeacherParams(source=source, normalise=None), tmp_path / "first")
-    changes = {**FAMILIES[family], "shape": None, "steps": [2], "lr": 1e-9, "mix": None}
+    changes = {**FAMILIES[family], **WHOLE, "steps": [2], "lr": 1e-9, "mix": None}
     found = pinned(corpus, tmp_path / "second", tmp_path / "first", **changes)
     assert found.normalise == (front == "large")
     wave = torch.from_numpy(corpus.waves.read("wave", "u03")).float()[None] / 32_768
@@ -260,13 +261,28 @@ def test_a_hugging_face_model_of_either_front_end_is_continued_with_its_own_norm
         torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-3)
 
 
+def test_a_teacher_takes_the_convolutions_of_another_family_and_begins_anew_behind_them(corpus, tmp_path):
+    before = pinned(corpus, tmp_path / "hubert")
+    changes = {**FAMILIES["wav2vec2"], "takes": "convolutions", "steps": [1], "lr": 1e-9}
+    after = pinned(corpus, tmp_path / "wav2vec2", tmp_path / "hubert", **changes)
+    assert (before.family, after.family) == ("hubert", "wav2vec2")
+    old, new = (load_file(tmp_path / name / "model.safetensors") for name in ("hubert", "wav2vec2"))
+    assert old.keys() == new.keys()
+    for name in old:
+        if name.startswith("feature_extractor."):
+            torch.testing.assert_close(new[name], old[name], rtol=0, atol=1e-6)  # the rate is next to nothing
+    assert not torch.allclose(
+        new["encoder.layers.0.attention.k_proj.weight"], old["encoder.layers.0.attention.k_proj.weight"]
+    )
+
+
 def test_what_is_hidden_is_hidden_also_of_a_model_that_says_it_wants_no_masking(corpus, tmp_path):
     config = transformers.HubertConfig(**TINY_HUBERT, apply_spec_augment=False)
     transformers.HubertModel(config).save_pretrained(tmp_path / "published")
     transformers.Wav2Vec2FeatureExtractor(do_normalize=False).save_pretrained(tmp_path / "published")
     source = Folder(kind="folder", path=str(tmp_path / "published"))
     materialise(TeacherParams(source=source, normalise=None), tmp_path / "first")
-    model = module.first_model(settings(shape=None), open_start(tmp_path / "first")).eval()
+    model = module.first_model(settings(**WHOLE), open_start(tmp_path / "first")).eval()
     hidden = torch.ones(1, 12, dtype=torch.bool)
     one, other = (model(torch.randn(1, 4_000), mask_time_indices=hidden).last_hidden_state for _ in range(2))
     assert torch.equal(one, other)
@@ -275,6 +291,7 @@ def test_what_is_hidden_is_hidden_also_of_a_model_that_says_it_wants_no_masking(
 def refusals(tmp_path, corpus):
     pinned(corpus, tmp_path / "hubert", steps=[1])
     (tmp_path / "other.json").write_text('{"model": "log-mel"}')
+    front = {"takes": "convolutions"}
     layer_9 = objective(iterations=[{**LAYER_ROUND, "units": {"kind": "layer", "layer": 9, "centre": True}}])
     layer_3 = objective(
         iterations=[MFCC_ROUND, {**LAYER_ROUND, "units": {"kind": "layer", "layer": 3, "centre": True}}]
@@ -282,16 +299,16 @@ def refusals(tmp_path, corpus):
     return [
         ({"objective": objective(iterations=[LAYER_ROUND])}, None, r"begin with \{kind: mfcc\}"),
         ({"objective": layer_3, "steps": [1, 1]}, None, r"iterations\[1\]\.units\.layer is 3 and .* layers 0 to 2"),
-        ({"objective": layer_9, "shape": None}, "hubert", "layer is 9 and the model has layers 0 to 2"),
+        ({"objective": layer_9, **WHOLE}, "hubert", "layer is 9 and the model has layers 0 to 2"),
         ({"shape": {**SHAPE, "heads": 5}}, None, r"shape\.width 24 must be a multiple of heads \(5\)"),
-        ({"shape": None}, None, "shape is null and there is no teacher to start from"),
-        ({}, "hubert", "shape: the teacher that this one starts from has one; set it to null"),
-        (
-            {"family": "wavlm", "shape": None},
-            "hubert",
-            "family is 'wavlm' and the teacher that it starts from is hubert",
-        ),
-        ({"shape": None}, "other.json", "holds {'model': 'log-mel'}; a teacher starts from the folder of another one"),
+        ({"shape": None}, None, "shape is null and no whole model is taken"),
+        ({}, "hubert", "takes is null and there is a teacher to start from; choose model or convolutions"),
+        ({"takes": "convolutions"}, None, "takes is 'convolutions' and there is no teacher to start from"),
+        ({"takes": "model"}, "hubert", "shape: the model that is taken has one; set it to null"),
+        ({**WHOLE, "family": "wavlm"}, "hubert", "family is 'wavlm' and the teacher that it starts from is hubert"),
+        ({**front, "shape": {**SHAPE, "conv_channels": [4] * 7}}, "hubert", r"'conv_dim': \[8, .* these are .*\[4, 4"),
+        ({**front, "objective": objective(iterations=[LAYER_ROUND])}, "hubert", r"begin with \{kind: mfcc\}"),
+        ({}, "other.json", "holds {'model': 'log-mel'}; a teacher starts from the folder of another one"),
     ]
 
 

@@ -49,18 +49,46 @@ def check_start(params: PretrainParams, start: Start | None) -> None:
     """Refuse settings that do not fit what is started from.
 
     Raises:
-        SettingsError: another family, a shape too many or too few, units of a layer that is not there.
+        SettingsError: something taken of no teacher or nothing of one, a shape too many or too few, another family, other
+            convolutions, units of a layer that is not there.
     """
-    if start is None and params.shape is None:
-        raise SettingsError("shape is null and there is no teacher to start from; give a shape, or set starts_from")
-    if start is not None and params.shape is not None:
-        raise SettingsError("shape: the teacher that this one starts from has one; set it to null")
-    if start is not None and start.pinned.family != params.family:
+    if start is None and params.takes is not None:
+        raise SettingsError(
+            f"takes is {params.takes!r} and there is no teacher to start from; set it to null, or starts_from"
+        )
+    if start is not None and params.takes is None:
+        raise SettingsError("takes is null and there is a teacher to start from; choose model or convolutions")
+    if params.takes == "model" and params.shape is not None:
+        raise SettingsError("shape: the model that is taken has one; set it to null")
+    if params.takes != "model" and params.shape is None:
+        raise SettingsError("shape is null and no whole model is taken; give a shape")
+    if start is not None and params.takes == "model" and start.pinned.family != params.family:
         raise SettingsError(f"family is {params.family!r} and the teacher that it starts from is {start.pinned.family}")
-    if not isinstance(params.objective, MaskedUnits):
-        return
-    blocks = params.shape.layers if params.shape is not None else start.pinned.layers - 1 if start is not None else 0
-    for number, iteration in enumerate(params.objective.iterations):
+    if start is not None and params.takes == "convolutions":
+        check_convolutions(params, start)
+    if isinstance(params.objective, MaskedUnits):
+        whole = start if params.takes == "model" else None
+        blocks = (
+            params.shape.layers if params.shape is not None else whole.pinned.layers - 1 if whole is not None else 0
+        )
+        check_units(params.objective, blocks, whole)
+
+
+def check_convolutions(params: PretrainParams, start: Start) -> None:
+    """Refuse convolutions that are not those of a new model."""
+    assert params.shape is not None
+    wanted = {"conv_dim": list(params.shape.conv_channels), "conv_bias": False, "feat_extract_norm": "group"}
+    found = {key: start.config.get(key) for key in wanted}
+    if found != wanted:
+        raise SettingsError(
+            f"takes: the convolutions of the teacher to start from are {found} and these are {wanted}; set shape.conv_channels "
+            "to its channels; those with bias or layer norm can be taken with the whole model alone"
+        )
+
+
+def check_units(objective: MaskedUnits, blocks: int, start: Start | None) -> None:
+    """Refuse units of a layer that is not there, or that nothing has trained yet."""
+    for number, iteration in enumerate(objective.iterations):
         where = f"objective.iterations[{number}].units"
         if not isinstance(iteration.units, LayerUnits):
             continue
@@ -71,8 +99,16 @@ def check_start(params: PretrainParams, start: Start | None) -> None:
 
 
 def first_model(params: PretrainParams, start: Start | None) -> nn.Module:
-    """The model before its first update: new weights from torch's generator, or those of `start`."""
-    return new_model(params) if start is None else continued_model(params, start)
+    """The model before its first update: new weights from torch's generator, those of `start`, or new ones behind its front."""
+    if start is not None and params.takes == "model":
+        return continued_model(params, start)
+    model: Any = new_model(params)
+    if start is not None:
+        name = "feature_extractor."
+        front = {k.removeprefix(name): v for k, v in start.weights.items() if k.startswith(name)}
+        model.feature_extractor.load_state_dict(front)
+    whole: nn.Module = model
+    return whole
 
 
 def new_model(params: PretrainParams) -> nn.Module:

@@ -111,7 +111,7 @@ def pretrain(
     with torch.random.fork_rng(devices=[]), stop_requested() as stopping:
         torch.manual_seed(job.params.seed)
         model = _train(job, run, stopping, on_progress, say)
-    write_model(out, model, job.start, job.normalise)
+    write_model(out, model, job.start if job.params.takes == "model" else None, job.normalise)
 
 
 def _train(job: Job, run: Path, stopping: Callable[[], bool], on_progress: OnProgress, say: Say) -> nn.Module:

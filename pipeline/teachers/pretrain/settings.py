@@ -59,8 +59,11 @@ class PretrainParams(BaseModel, frozen=True, extra="forbid"):
     kind: Literal["pretrain"]
     family: Literal["hubert", "wavlm", "wav2vec2"]
     """wavlm is hubert with gated relative position bias (arXiv 2110.13900, section III.A)."""
+    takes: Literal["model", "convolutions"] | None
+    """What is taken of the teacher that this one starts from: the whole model, which is then of this family, or only its
+    convolutions, with all that follows them new. null with none to start from."""
     shape: PretrainShape | None
-    """null with a teacher to start from, which has a shape; and only then."""
+    """null where a whole model is taken, which has a shape; and only then."""
     objective: Objective
     steps: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1)
     """Updates of each round; the contrastive objective has one round."""
