@@ -152,6 +152,19 @@ def test_a_run_in_the_grid_is_the_head_trained_alone_with_torch(clip_norm):
                 torch.testing.assert_close(together.parameters[name][n, r], value, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_takes_the_steps_that_a_processor_takes():
+    counts, strings, rates = [7, 4, 9], [(1, 2, 2), (3,), (2, 1, 3, 1)], (1e-3, 1e-2)
+    frames = Frames(torch.randn(L, sum(counts), D, generator=torch.Generator().manual_seed(0)), counts)
+    grids = [FrameGrid([head(1), head(2)], rates, torch.device(device)) for device in ("cpu", "cuda")]
+    for _ in range(5):
+        for grid, layers in zip(grids, (frames.layers, frames.layers.cuda()), strict=True):
+            grid.step(Frames(layers, counts), strings, 1.0)
+    for name, value in grids[0].parameters.items():
+        torch.testing.assert_close(grids[1].parameters[name].cpu(), value, rtol=1e-3, atol=1e-4)
+
+
 def test_a_diverging_run_leaves_its_neighbours_alone():
     frames = Frames(torch.randn(L, 9, D, generator=torch.Generator().manual_seed(0)), [9])
     mixed = FrameGrid([head(1)], (1e-2, 1e30), torch.device("cpu"))

@@ -11,17 +11,17 @@ import torch
 
 from cache.errors import DataError, SettingsError, StoreError
 from cache.manifest import Manifest, Utterance, write_manifest
-from cache.names import layer_name
 from cache.publish import canonical_json, read_json, write_json
 from cache.ragged import Store
-from cache.receipts import make_receipt, store_key
-from cache.writer import open_writer
+from cache.receipts import make_receipt
 from pipeline.tasks import features as features_module
 from pipeline.tasks import metrics
 from pipeline.tasks.features import pool
 from pipeline.tasks.heads import ProbeHead
 from pipeline.tasks.labels import TASKS, LabelledSplits, labelled_splits, task_named
-from pipeline.tasks.probe import ProbeParams, ProbeScore, batches, probe
+from pipeline.tasks.probe import ProbeParams, batches, probe
+from pipeline.tasks.score import ProbeScore
+from tests.probe_fixtures import write_store
 
 L, D, CPU = 3, 10, torch.device("cpu")
 WORDS = ("go", "no", "stop", "yes")
@@ -61,28 +61,6 @@ def utterance(number: int, split: str, word: str | None) -> Utterance:
         speaker=f"spk{number % 5}",
         keyword=word,
     )
-
-
-def write_store(directory, manifest: Manifest, frames: list[np.ndarray], codec: str = "float16") -> tuple[Store, list]:
-    """A feature store of several shards, as extraction writes it."""
-    fingerprint = {"model": {"kind": "hubert"}}
-    header = {
-        "kind": "features",
-        "key": store_key("features", fingerprint),
-        "fingerprint": fingerprint,
-        "codec": codec,
-        "width": D,
-        "chunk_rows": 8,
-        "shard_rows": 256,
-    }
-    rows = np.array([u.num_frames for u in manifest], dtype=np.int64)
-    layers = [layer_name(layer) for layer in range(L)]
-    with open_writer(directory, header, [u.id for u in manifest], rows, layers) as writer:
-        for shard, names in writer.missing().items():
-            for name in names:
-                parts = [frames[u][layers.index(name)] for u in writer.plan.utterances(shard)]
-                writer.write(name, shard, np.concatenate(parts))
-    return Store(directory), layers
 
 
 def toy(directory, planted: bool) -> Probed:
