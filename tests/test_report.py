@@ -259,6 +259,13 @@ def test_counts_are_those_of_the_manifest_and_the_receipts(run):
     assert kept.bytes == 6 * 204_812 * 192 * 2
 
 
+def test_an_utterance_in_many_folds_takes_part_once(own):
+    folds = '"tasks": {"er-1": "train", "er-2": "test", "er-x": "dev", "sid"'
+    own["manifest"].write_text(own["manifest"].read_text().replace('"tasks": {"sid"', folds))
+    (corpus,) = gather(**own).corpora
+    assert corpus.tasks == {"er": 300, "er-x": 300, "kws": 300, "sid": 600}
+
+
 def test_models_stand_in_groups_with_the_larger_first_and_the_untrained_last(run):
     assert [model.name for model in run.models] == ["hubert", "distil", "small", "untrained", "log-mel"]
     assert [model.role for model in run.models] == ["teacher", "student", "student", "student", "baseline"]

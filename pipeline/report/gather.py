@@ -18,7 +18,7 @@ from cache.manifest import SPLITS, Manifest, read_manifest
 from cache.names import keeps_layers
 from cache.publish import read_json
 from pipeline.report.products import MetricsFile, ReceiptFile, ScoreFile, files, parsed
-from pipeline.tasks.labels import TASKS
+from pipeline.tasks.labels import TASKS, whole_task
 
 
 class CurvePoint(NamedTuple):
@@ -39,6 +39,7 @@ class Corpus:
     speakers: int
     splits: dict[str, int]
     tasks: dict[str, int]
+    """Utterances that take part in each; in folds, in any of them."""
     quarantined: int
 
 
@@ -200,7 +201,7 @@ def _corpora(manifest: Manifest, quarantine: Path) -> list[Corpus]:
                 hours=sum(utterance.samples for utterance in members) / RATE_HZ / 3600,
                 speakers=len({utterance.speaker for utterance in members if utterance.speaker is not None}),
                 splits={split: splits[split] for split in SPLITS},
-                tasks=dict(sorted(Counter(task for utterance in members for task in utterance.tasks).items())),
+                tasks=dict(sorted(Counter(task for u in members for task in {whole_task(t) for t in u.tasks}).items())),
                 quarantined=refused[name],
             )
         )

@@ -120,6 +120,12 @@ def folds_of(manifest: Manifest, task: Task) -> tuple[Task, ...]:
     return tuple(replace(task, name=f"{prefix}{number}") for number in numbers)
 
 
+def whole_task(name: str) -> str:
+    """The task that a name in a manifest belongs to: `er-3` is a fold of `er`."""
+    whole, _, number = name.rpartition("-")
+    return whole if whole in TASKS and number.isdecimal() else name
+
+
 def labels_by_split(manifest: Manifest, task: Task) -> dict[str, list[tuple[str, str]]]:
     """(id, label) of the utterances that take part in `task`, by split, in manifest order.
 
