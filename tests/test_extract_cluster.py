@@ -7,9 +7,11 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
+from distributed import Client
 
 from cache.errors import DataError, ResourceError, SettingsError, StoreError
 from pipeline.extraction.executors import SlurmParams, hire, local_workers, running_scheduler, slurm_cluster
@@ -185,7 +187,7 @@ def serve(file):
     asyncio.run(live())
 
 
-def work(file, hooks):
+def work(file, hooks, preload=PRELOAD):
     """A process: a Dask worker without a nanny."""
     import asyncio
 
@@ -194,19 +196,30 @@ def work(file, hooks):
     os.environ["DECANT_TEST_HOOKS"] = hooks
 
     async def live():
-        async with Worker(scheduler_file=file, nthreads=1, host="127.0.0.1", preload=[str(PRELOAD)]) as it:
+        async with Worker(scheduler_file=file, nthreads=1, host="127.0.0.1", preload=[str(preload)]) as it:
             await it.finished()
 
     asyncio.run(live())
 
 
+def work_without_us(file, hooks):
+    """A process: a Dask worker from an environment where Decant is not installed."""
+    sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
+    sys.path[:] = [place for place in sys.path if not (Path(place) / "pipeline").exists()]
+    for name in [name for name in sys.modules if name.split(".")[0] == "pipeline"]:
+        del sys.modules[name]
+    (Path(hooks) / "nothing.py").touch()
+    work(file, hooks, Path(hooks) / "nothing.py")
+
+
 @pytest.fixture
-def elsewhere(cluster, tmp_path):
+def elsewhere(cluster, tmp_path, request):
     """A scheduler that somebody else runs, with a worker that has no nanny; `cluster` has made Dask's settings."""
     file, context = tmp_path / "scheduler.json", multiprocessing.get_context("forkserver")
+    target = getattr(request, "param", work)
     processes = [
         context.Process(target=serve, args=(str(file),)),
-        context.Process(target=work, args=(str(file), str(cluster.hooks.folder))),
+        context.Process(target=target, args=(str(file), str(cluster.hooks.folder))),
     ]
     try:
         processes[0].start()
@@ -260,6 +273,20 @@ def test_a_worker_that_cannot_be_started_again_is_left_alone_and_its_late_shard_
     assert hooks.made().count(2) == 2
     assert Driver(cluster.client, corpus, make_logmel(tmp_path))() == receipt  # and takes away what was left
     assert (receipt, files(receipt)) == reference(make_logmel(tmp_path))
+
+
+@pytest.mark.parametrize("elsewhere", [work_without_us], indirect=True)
+def test_a_worker_that_lacks_decant_is_refused_before_it_gets_an_order(elsewhere):
+    def there():
+        with Client(scheduler_file=str(elsewhere[0]), set_as_default=False) as client:
+            return client.nthreads()
+
+    until(there, "the worker comes")
+    with (
+        pytest.raises(SettingsError, match=r"the worker at tcp://.* cannot import Decant; start scheduler and workers"),
+        running_scheduler(str(elsewhere[0])),
+    ):
+        pass
 
 
 @pytest.mark.slow

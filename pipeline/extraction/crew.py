@@ -12,6 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 from distributed import CancelledError, Client, Future, KilledWorker, wait
@@ -86,7 +87,7 @@ class Crew:
 
         Raises:
             DecantError: a worker refused in a way that all would.
-            SettingsError: a worker has not the code.
+            SettingsError: a worker has other code.
             StoreError: the scheduler is gone.
             ResourceError: no worker answers.
         """
@@ -205,10 +206,10 @@ class Crew:
             self._tell(f"the worker at {address} answered nothing for {limit:g} s; its work goes to others")
             self._take_back(address, ResourceError, f"took more than --deadline-sec {limit:g}")
             self._hung.add(address)
-        if late:
+        for address in late:
             # without a nanny a worker cannot be restarted (ValueError): it gets nothing more; KeyError: it has just ended
             with suppress(ValueError, KeyError):
-                self._ask(lambda: self.client.restart_workers(late, timeout=RESTART_SEC, raise_for_error=False))
+                self._ask(partial(self.client.restart_workers, [address], timeout=RESTART_SEC, raise_for_error=False))
 
     def _take_back(self, address: str, kind: type[DecantError], why: str) -> None:
         """All that a worker had; only what it had alone is to blame."""

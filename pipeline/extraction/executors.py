@@ -7,8 +7,11 @@ import logging
 import math
 import os
 import re
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 
 THREADS = 2  # of a worker: one computes a shard while the other writes the last one
 ONE_MACHINE = "127.0.0.1"
+ASK_SEC = 10.0
+SAME = "start scheduler and workers from an environment where the same version is installed"
 QUIET = logging.CRITICAL  # what Dask says of workers that end, the driver says in a line
 
 
@@ -159,7 +164,7 @@ def running_scheduler(address: str) -> Iterator["Client"]:
 
     Raises:
         StoreError: nobody answers there.
-        SettingsError: the extra is not installed.
+        SettingsError: the extra is not installed here, or Decant is not there.
     """
     distributed = _extra("distributed", "dask")
     where = {"address": address} if "://" in address else {"scheduler_file": str(Path(address))}
@@ -170,7 +175,28 @@ def running_scheduler(address: str) -> Iterator["Client"]:
     except (OSError, ValueError) as error:
         raise StoreError(f"no Dask scheduler answers at {address} ({error}); start one with `dask scheduler`") from None
     with client:
+        _refuse_strangers(client, address)
         yield client
+
+
+def _refuse_strangers(client: "Client", address: str) -> None:
+    """A process that lacks Decant does not say so when it gets an order: a worker ends at once, with every part it is given.
+
+    Raises:
+        SettingsError: the scheduler or a worker lacks it.
+    """
+    if not client.run_on_scheduler(find_spec, "pipeline"):
+        raise SettingsError(f"the scheduler at {address} cannot import Decant; {SAME}")
+    asked = {
+        worker: client.submit(
+            find_spec, "pipeline", workers=[worker], pure=False, key=f"decant-is-there-{uuid.uuid4().hex}"
+        )
+        for worker in client.nthreads()
+    }
+    for worker, future in asked.items():
+        with suppress(TimeoutError):  # it may be busy for an hour
+            if not future.result(timeout=ASK_SEC):
+                raise SettingsError(f"the worker at {worker} cannot import Decant; {SAME}")
 
 
 @contextmanager
@@ -222,8 +248,6 @@ def _extra(module: str, extra: str) -> Any:
     Raises:
         SettingsError: the extra is not installed.
     """
-    from importlib import import_module
-
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
