@@ -40,8 +40,8 @@ def main(
         str, typer.Option(envvar="DECANT_SCHEDULER", help="A running one: tcp://HOST:PORT, or its scheduler file.")
     ] = "",
     slurm: Annotated[
-        Path, typer.Option(envvar="DECANT_SLURM", help="A file with the key slurm: what a job is.")
-    ] = Path("recipes/slurm.yaml"),
+        Path, typer.Option(envvar="DECANT_SLURM", help="What a job is: see recipes/slurm/slurm.yaml.")
+    ] = Path("slurm.yaml"),
     deadline_sec: Annotated[
         float, typer.Option(envvar="DECANT_DEADLINE_SEC", min=1.0, help="For a worker to answer; then it has hung.")
     ] = 1800.0,

@@ -16,6 +16,7 @@ from distributed import Client
 from cache.errors import DataError, ResourceError, SettingsError, StoreError
 from pipeline.extraction.executors import SlurmParams, hire, local_workers, running_scheduler, slurm_cluster
 from pipeline.extraction.settings import Keep
+from stages._params import read_params
 from tests.cluster_fixtures import (
     PARAMS,
     PRELOAD,
@@ -419,4 +420,5 @@ def test_a_job_of_slurm_is_one_worker_with_one_gpu_that_leaves_before_the_wall_t
     assert "--nanny --death-timeout 60" in started  # a minute after its driver has gone
     with pytest.raises(SettingsError, match=r"slurm.walltime 00:20:00 leaves a worker no time after margin_min 5"):
         slurm_cluster(SLURM.model_copy(update={"walltime": "00:20:00"}))
+    assert read_params("slurm", SlurmParams, ROOT / "recipes" / "slurm" / "slurm.yaml").lifetime_sec == 13_500
     assert SLURM.model_copy(update={"walltime": "2-00:00:00", "stagger_min": 0}).lifetime_sec == 2 * 86_400 - 300
