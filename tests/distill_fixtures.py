@@ -1,6 +1,7 @@
 """A small world in a folder: noise of eleven lengths, a random encoder as the teacher, its layers in a store."""
 
 import os
+import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -103,6 +104,38 @@ class World:
         }
 
 
+STOP_BEFORE = """
+import signal, sys
+import pipeline.distill.train as module
+from stages.distill import app
+save = module.save_state
+def stopping(directory, progress, *rest):
+    if progress.step >= int(sys.argv[1]):
+        signal.alarm(300)  # not for ever, should the test itself be killed
+        signal.pause()  # alive until it is killed, on a machine of any speed
+    save(directory, progress, *rest)
+module.save_state = stopping
+app(sys.argv[2:])
+"""
+"""`decant distill` that waits to be killed before it saves the state after a step."""
+
+
+def without_teachers(world: World) -> dict[str, str]:
+    """Delete every teacher; gives an environment in which nothing that loads one can be imported."""
+    shutil.rmtree(world.root / "teachers")
+    blocker = world.root / "blocker"
+    blocker.mkdir()
+    (blocker / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Refuse:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('transformers', 'huggingface_hub') or name == 'pipeline.teachers':\n"
+        "            raise ImportError(f'{name} is not installed here')\n"
+        "sys.meta_path.insert(0, Refuse())\n"
+    )
+    return world.environment(first_on_path=str(blocker))
+
+
 def write_params(world: World, **changes: Any) -> None:
     """params.yaml with one student; changes are given per section ({"train": {"steps": 3}})."""
     student = {k: {**v, **changes.get(k, {})} if isinstance(v, dict) else changes.get(k, v) for k, v in STUDENT.items()}
@@ -140,10 +173,15 @@ def make_world(root: Path, teacher_seed: int = 0) -> World:
 
 
 def write_receipt(
-    world: World, teacher: str, seed: int, layers: tuple[Any, ...] = (0, 1, 3), params: ExtractParams = EXTRACT
+    world: World,
+    teacher: str,
+    seed: int,
+    layers: tuple[Any, ...] = (0, 1, 3),
+    params: ExtractParams = EXTRACT,
+    **shape: Any,
 ) -> None:
     """Run a random encoder over the corpus; leave its receipt, and its weights as an init."""
-    encoder = Encoder(EncoderShape.model_validate(SHAPE))
+    encoder = Encoder(EncoderShape.model_validate({**SHAPE, **shape}))
     initialise(encoder, torch.Generator().manual_seed(seed))
     folder = world.root / "teachers" / teacher
     folder.mkdir(parents=True, exist_ok=True)

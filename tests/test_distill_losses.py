@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from pipeline.distill.heads import PredictionHeads, initialise_heads
-from pipeline.distill.losses import LossWeights, distillation_loss
+from pipeline.distill.losses import LossWeights, distillation_loss, mean_over_groups
 from pipeline.distill.schedule import make_optimizer, rate_at
 from pipeline.student.encoder import count_parameters
 
@@ -19,37 +19,52 @@ def drawn(dtype=torch.float32):
 
 
 def by_the_formula(predicted, targets):
-    """|p - h| and -log sigmoid cos, frame by frame, head by head, in float64."""
-    l1, cosine = [], []
+    """|p - h|, (p - h)^2, -log sigmoid cos and -cos, frame by frame, head by head, in float64."""
+    l1, l2, log_sigmoid, raw = [], [], [], []
     for b, count in enumerate(COUNTS):
         for n in range(predicted.shape[1]):
             for t in range(count):
                 p, h = predicted[b, n, t].double().numpy(), targets[b, n, t].double().numpy()
+                cosine = p @ h / np.sqrt((p @ p) * (h @ h))
                 l1 += list(np.abs(p - h))
-                cosine.append(np.log1p(np.exp(-p @ h / np.sqrt((p @ p) * (h @ h)))))
-    return np.mean(l1), np.mean(cosine)
+                l2 += list((p - h) ** 2)
+                log_sigmoid.append(np.log1p(np.exp(-cosine)))
+                raw.append(-cosine)
+    return {"l1": np.mean(l1), "l2": np.mean(l2), "log_sigmoid": np.mean(log_sigmoid), "raw": np.mean(raw)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_loss_is_the_published_formula_over_valid_frames(dtype):
+@pytest.mark.parametrize("form", ["log_sigmoid", "raw"])
+@pytest.mark.parametrize("l2_weight", [0.0, 0.25])
+def test_the_loss_is_the_published_formula_over_valid_frames(dtype, form, l2_weight):
     predicted, targets, mask = drawn(dtype)
-    l1, cosine = by_the_formula(predicted, targets)
-    terms = distillation_loss(predicted, targets, mask, LossWeights(1.0, 0.0, 0.5, "log_sigmoid"))
-    assert terms["total"].dtype == dtype
-    assert float(terms["l1"]) == pytest.approx(l1, abs=1e-6)
-    assert float(terms["cosine"]) == pytest.approx(cosine, abs=1e-6)
-    assert float(terms["total"]) == pytest.approx(l1 + 0.5 * cosine, abs=1e-6)
-    assert list(terms) == ["l1", "cosine", "total"]
+    want = by_the_formula(predicted, targets)
+    terms = distillation_loss(predicted, targets, mask, LossWeights(2.0, l2_weight, 0.5, form))
+    assert all(term.dtype == dtype for term in terms.values())
+    assert list(terms) == (["l1", "l2", "cosine", "total"] if l2_weight else ["l1", "cosine", "total"])
+    expected = {"l1": want["l1"], "l2": want["l2"], "cosine": want[form]}
+    expected["total"] = 2.0 * want["l1"] + l2_weight * want["l2"] + 0.5 * want[form]
+    for name, term in terms.items():
+        assert float(term) == pytest.approx(expected[name], abs=1e-6)
 
 
-def test_nan_in_the_padding_changes_neither_the_loss_nor_its_gradient():
+def test_the_loss_of_several_teachers_is_the_weighted_mean_of_theirs():
+    parts = [distillation_loss(*drawn(), LossWeights(1.0, 0.5, 1.0, form)) for form in ("log_sigmoid", "raw")]
+    mean = mean_over_groups(parts, [0.2, 0.8])
+    assert list(mean) == list(parts[0])
+    for name, term in mean.items():
+        assert float(term) == pytest.approx(0.2 * float(parts[0][name]) + 0.8 * float(parts[1][name]), abs=1e-7)
+
+
+@pytest.mark.parametrize("weights", [DISTILHUBERT, LossWeights(1.0, 1.0, 1.0, "raw")])
+def test_nan_in_the_padding_changes_neither_the_loss_nor_its_gradient(weights):
     results = []
     for fill in (0.0, float("nan")):
         predicted, targets, mask = drawn()
         predicted[~mask[:, None].expand(-1, 2, -1)] = fill
         targets[~mask[:, None].expand(-1, 2, -1)] = fill
         predicted.requires_grad_()
-        total = distillation_loss(predicted, targets, mask, DISTILHUBERT)["total"]
+        total = distillation_loss(predicted, targets, mask, weights)["total"]
         total.backward()
         results.append((total.detach(), predicted.grad))
     assert torch.isfinite(results[1][0])
@@ -62,8 +77,8 @@ def test_half_precision_targets_are_compared_in_float32():
     stored = targets.half()
     terms = distillation_loss(predicted, stored, mask, DISTILHUBERT)
     assert terms["total"].dtype == torch.float32
-    l1, _ = by_the_formula(predicted, stored.float())
-    assert float(terms["l1"]) == pytest.approx(l1, abs=1e-6)
+    want = by_the_formula(predicted, stored.float())
+    assert float(terms["l1"]) == pytest.approx(want["l1"], abs=1e-6)
 
 
 def test_heads_are_a_wide_linear_and_a_block_diagonal_one():

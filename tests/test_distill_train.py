@@ -2,7 +2,6 @@ import csv
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from pipeline.layers.targets import Adopted, choose_targets, targets_json
 from pipeline.student.checkpoint import load_student
 from stages._params import read_params
 from stages.distill import app
-from tests.distill_fixtures import make_world, relabelled, write_params, write_receipt
+from tests.distill_fixtures import STOP_BEFORE, make_world, relabelled, without_teachers, write_params, write_receipt
 
 FILES = ["curves.csv", "heads.safetensors", "metrics.json", "shape.json", "weights.safetensors"]
 
@@ -123,21 +122,6 @@ def test_no_steps_give_the_untrained_student(world):
     assert not torch.equal(
         load_file(world.root / "models/random/weights.safetensors")["projection.weight"], weights["projection.weight"]
     )
-
-
-STOP_BEFORE = """
-import signal, sys
-import pipeline.distill.train as module
-from stages.distill import app
-save = module.save_state
-def stopping(directory, progress, *rest):
-    if progress.step >= int(sys.argv[1]):
-        signal.alarm(300)  # not for ever, should the test itself be killed
-        signal.pause()  # alive until it is killed, on a machine of any speed
-    save(directory, progress, *rest)
-module.save_state = stopping
-app(sys.argv[2:])
-"""
 
 
 @pytest.mark.slow
@@ -336,18 +320,7 @@ def test_bfloat16_on_a_cpu_is_said_to_be_float32(world):
 
 def test_a_student_trains_with_every_teacher_deleted_and_transformers_unimportable(world):
     train(world, out="models/beside")
-    shutil.rmtree(world.root / "teachers")
-    blocker = world.root / "blocker"
-    blocker.mkdir()
-    (blocker / "sitecustomize.py").write_text(
-        "import sys\n"
-        "class Refuse:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.split('.')[0] in ('transformers', 'huggingface_hub') or name == 'pipeline.teachers':\n"
-        "            raise ImportError(f'{name} is not installed here')\n"
-        "sys.meta_path.insert(0, Refuse())\n"
-    )
-    environment = world.environment(first_on_path=str(blocker))
+    environment = without_teachers(world)
     refused = subprocess.run(
         [world.command()[0], "-c", "import transformers"], env=environment, capture_output=True, text=True
     )

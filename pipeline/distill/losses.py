@@ -2,7 +2,7 @@
 
     L = a mean |p - h| + b mean (p - h)^2 + c mean distance(p, h)
 
-with the distance -log sigmoid cos(p, h) (DistilHuBERT, eq. 1: a = c = 1, b = 0) or -cos(p, h) (DPHuBERT, eq. 2). The means
+with the distance -log sigmoid cos(p, h) (DistilHuBERT, eq. 1: a = c = 1, b = 0) or -cos(p, h) (DPHuBERT). The means
 run over heads, valid frames and, for the first two, channels: every head and every frame of speech weighs the same. (The
 published code also averages over padded frames.) Of several teachers it is the weighted mean of the teachers' losses.
 """
