@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
@@ -25,11 +25,21 @@ class FrameGrid(Runs):
 
     def logits(self, layers: Float[Tensor, "L F D"]) -> Float[Tensor, "N R F K"]:
         """`ProbeHead.pooled` of every run, each frame taken for the mean of itself."""
-        at = self.parameters
-        weight = at["classify.weight"] @ at["project.weight"]  # (N, R, K, D)
-        bias = (at["classify.weight"] @ at["project.bias"][..., None])[..., 0] + at["classify.bias"]
-        mixed = at["layer_scores"].softmax(-1) @ layers.flatten(1)  # (N, R, L) (L, F D) -> (N, R, F D)
+        weight, bias = self._product()
+        mixed = self.parameters["layer_scores"].softmax(-1) @ layers.flatten(1)  # (N, R, L) (L, F D) -> (N, R, F D)
         return mixed.unflatten(-1, layers.shape[1:]) @ weight.mT + bias.unsqueeze(-2)
+
+    def _product(self) -> tuple[Float[Tensor, "N R K D"], Float[Tensor, "N R K"]]:
+        """The two linear maps of every run as one."""
+        at = self.parameters
+        weight = at["classify.weight"] @ at["project.weight"]
+        return weight, (at["classify.weight"] @ at["project.bias"][..., None])[..., 0] + at["classify.bias"]
+
+    @torch.no_grad()
+    def finite(self) -> Bool[Tensor, "N R"]:
+        """Which runs have not diverged."""
+        parts = (*self._product(), self.parameters["layer_scores"])
+        return torch.stack([part.isfinite().flatten(2).all(-1) for part in parts]).all(0)
 
     def step(self, frames: Frames, strings: list[PhoneString], clip_norm: float | None) -> None:
         """One Adam step of every run at its own learning rate, down the mean loss per phone (torch's reduction)."""

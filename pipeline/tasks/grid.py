@@ -60,10 +60,6 @@ class Runs:
                 root = (second / (1 - BETAS[1] ** self._step)).sqrt_().add_(EPSILON)
                 value.sub_(_beside(self.rates[None], value) * first / ((1 - BETAS[0] ** self._step) * root))
 
-    def finite(self) -> Bool[Tensor, "N R"]:
-        """Which runs have not diverged."""
-        return torch.stack([value.detach().isfinite().flatten(2).all(-1) for value in self.parameters.values()]).all(0)
-
     def snapshot(self) -> dict[str, Tensor]:
         """A copy of all parameters as they stand."""
         return {name: value.detach().clone() for name, value in self.parameters.items()}

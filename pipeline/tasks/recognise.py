@@ -80,7 +80,8 @@ def recognise(
         heard = answers(runs, features, splits.dev)
         rates = [[metrics.phone_error_rate(splits.dev.strings, run) for run in of_seed] for of_seed in heard]
         accuracy = 1 - torch.tensor(rates, device=device)  # of phones: what is kept is the highest
-        return grid.RunScores(accuracy.where(runs.finite(), -torch.inf), torch.zeros_like(accuracy))
+        kept = runs.finite()  # what diverged is never better than where it began
+        return grid.RunScores(accuracy.where(kept, -torch.inf), torch.zeros_like(accuracy).where(kept, torch.inf))
 
     best = grid.keep_best(runs, step, on_dev, params.steps, params.validate_every, params.patience)
     rates = (1 - best.accuracy.double()).nan_to_num(posinf=1.0)  # a run that diverged says nothing
