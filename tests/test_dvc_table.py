@@ -36,6 +36,8 @@ def small_params():
     spare = params["teachers"]["spare"]
     spare["starts_from"] = "data/teachers/second"
     spare["source"].update(takes="model", shape=None)
+    params["means"] = {"both": {"teachers": ["first", "second"], "keep": {"layers": [[1, 2]], "select": "all"}}}
+    params["similarity"]["seconds"] = 20
     student = params["students"]["distil"]
     student["shape"].update(SIZES, heads=[2], head_width=4, ffn=[8])
     student["train"].update(steps=2, batch_seconds=8.0, validate_every=2, checkpoint_every=2, log_every=1)
@@ -111,6 +113,7 @@ class Project:
         return set(re.findall(r"Running stage '([^']+)'", output))
 
 
+OF_A_TEACHER = ("teacher", "extract", "similarity")
 TASKS = ("pr", "kws", "sid")
 
 
@@ -133,9 +136,9 @@ def test_a_change_reruns_what_depends_on_it_and_nothing_else(tmp_path):
 
 def first_run(project, warm):
     params = project.params
-    of_teachers = {f"{stage}@{t}" for stage in ("teacher", "extract") for t in params["teachers"]}
+    of_teachers = {f"{stage}@{t}" for stage in OF_A_TEACHER for t in params["teachers"]}
     of_students = {f"{stage}@{s}" for stage in ("targets", "distill") for s in params["students"]}
-    assert project.repro(warm) == {"prepare", "report"} | of_teachers | of_students | judged("a", "b")
+    assert project.repro(warm) == {"prepare", "report", "means@both"} | of_teachers | of_students | judged("a", "b")
     assert (project.root / "reports" / "index.html").exists()
 
 
@@ -151,17 +154,18 @@ def reruns(project, warm):
     )  # the experiment is in the workspace, and DVC's rewriting of params.yaml changed no value
     params["students"]["a"]["train"] = {**params["students"]["a"]["train"], "learning_rate": 0.002}
 
-    # a teacher that no student uses
+    # a teacher that no student uses; a mean depends on the folder of all teachers, and finds its store finished
     params["teachers"]["spare"]["source"]["seed"] = 7
     project.write()
-    assert project.repro(warm) == {"teacher@spare", "extract@spare", "targets@a", "targets@b", "report"}
+    of_teacher = {f"{stage}@spare" for stage in OF_A_TEACHER}
+    assert project.repro(warm) == {"means@both", "targets@a", "targets@b", "report"} | of_teacher
 
     # a teacher in use, from which another one starts
     params["teachers"]["second"]["source"]["seed"] = 8
     project.write()
     rerun = project.repro(warm)
-    of_teachers = {f"{stage}@{teacher}" for stage in ("teacher", "extract") for teacher in ("second", "spare")}
-    assert rerun == {"targets@a", "targets@b", "distill@b", "report"} | of_teachers | judged("b")
+    of_teachers = {f"{stage}@{teacher}" for stage in OF_A_TEACHER for teacher in ("second", "spare")}
+    assert rerun == {"means@both", "targets@a", "targets@b", "distill@b", "report"} | of_teachers | judged("b")
 
     # a probe's setting
     params["probes"]["kws"]["steps"] = 6
@@ -200,6 +204,7 @@ def test_every_path_of_dvc_yaml_is_written_by_one_stage_and_every_setting_exists
 def test_the_committed_params_are_what_the_stages_read():
     from pipeline.distill.learner import StudentParams
     from pipeline.extraction.settings import ExtractParams, Keep
+    from pipeline.layers.similarity import SimilarityParams
     from pipeline.prepare import PrepareParams
     from pipeline.tasks.run import settings_of
     from pipeline.teachers.sources import Source
@@ -212,6 +217,10 @@ def test_the_committed_params_are_what_the_stages_read():
         read_params("prepare", PrepareParams, file)
         read_params("extract", ExtractParams, file)
         read_params("features", Keep, file)
+        read_params("similarity", SimilarityParams, file)
+        for mean in lookup("means", file):
+            read_params(f"means.{mean}.keep", Keep, file)
+            assert set(read_params(f"means.{mean}.teachers", list[str], file)) <= set(lookup("teachers", file))
         for teacher in lookup("teachers", file):
             read_params(f"teachers.{teacher}.source", Source, file)
             read_params(f"teachers.{teacher}.keep", Keep, file)
