@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from cache.codecs import decode
 from cache.errors import StoreError
+from cache.manifest import Manifest
 from cache.publish import read_json, write_json
 from cache.receipts import open_receipt
 from pipeline.distill.batches import BatchReader
@@ -176,6 +178,19 @@ def test_teachers_of_other_codecs_and_widths_are_learned_from(world, kind, teach
     parameters = read_json(world.root / "models/mixed/metrics.json")["parameters"]["heads"]
     out_widths = {"heads": [16, 16, 12, 12, 12], "concat": [28, 28], "average": [16, 16]}[kind]
     assert parameters == sum(17 * 16 + 17 * width for width in out_widths)
+
+
+def test_an_utterance_is_found_wherever_each_store_has_it(own_world):
+    turned = replace(own_world, manifest=Manifest(own_world.manifest.utterances[::-1]))
+    run_teacher(turned, "turned", seed=0)
+    stores = [open_receipt(own_world.root / f"receipts/{name}.json") for name in ("hubert", "turned")]
+    assert stores[0].ids == stores[1].ids[::-1]
+    waves = open_receipt(own_world.root / "receipts/waves.json")
+    reader = BatchReader(own_world.manifest, waves, stores, [["layer-01"], ["layer-01"]])
+    batch = reader.read([Item(u, None) for u in (0, 7, 3)])
+    for b, name in enumerate(batch.ids):
+        for rows, store in zip(batch.targets, stores, strict=True):
+            np.testing.assert_array_equal(rows[b, 0, : batch.frames[b]], store.read("layer-01", name))
 
 
 def test_l2_has_a_column_where_it_counts(world):
