@@ -18,6 +18,7 @@ def main(
     models: Annotated[Path, typer.Option(help="Folder of the students.")],
     probes: Annotated[Path, typer.Option(help="Folder of the scores.")],
     out: Annotated[Path, typer.Option(help="Folder for index.html, the PNG files, scores.csv and metrics.json.")],
+    similarity: Annotated[Path | None, typer.Option(help="Folder of what `decant similarity` wrote.")] = None,
     readme: Annotated[Path | None, typer.Option(help="Put the table between the result marks of this file.")] = None,
 ) -> None:
     """Write the report of a run: reports/index.html needs no server and no network."""
@@ -25,7 +26,7 @@ def main(
     from pipeline.report import figures, page, tables
     from pipeline.report.gather import gather
 
-    run = gather(manifest, quarantine, waves, receipts, features, models, probes)
+    run = gather(manifest, quarantine, waves, receipts, features, models, probes, similarity)
     products = {
         "index.html": page.html(run).encode(),
         "curves.png": figures.png(figures.curves(run.students)),

@@ -19,10 +19,10 @@ def main(
     """Compare all layers of a teacher with each other: what groups of layers are made of."""
     from cache.publish import publish_file, read_json, write_json
     from cache.receipts import open_receipt
-    from pipeline.layers.groups import GroupParams, group_layers
     from pipeline.layers.similarity import SimilarityParams, similarity
     from pipeline.report.figures import png
-    from pipeline.report.layers import heat_map
+    from pipeline.report.layers import heat_map_of
+    from pipeline.report.products import SimilarityFile, parsed
     from stages._params import read_params
 
     settings: SimilarityParams = read_params("similarity", SimilarityParams, params)
@@ -42,10 +42,8 @@ def main(
             "matrix": [[round(value, 9) for value in row] for row in found.matrix.tolist()],
         },
     )
-    whole = GroupParams(num_groups=1, linkage="average", contiguous=False, leave_out=())
-    merges = group_layers(found, settings.measure, whole).merges
     with publish_file(picture) as partial:
-        partial.write_bytes(png(heat_map(name, found.layers, found.matrix, settings.measure, merges, "average")))
+        partial.write_bytes(png(heat_map_of(parsed(out, SimilarityFile))))
     near = max(
         (found.matrix[i, j], found.layers[i], found.layers[j]) for i in range(len(found.layers)) for j in range(i)
     )

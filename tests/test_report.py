@@ -510,3 +510,31 @@ def test_a_run_of_phone_recognition_alone_still_makes_a_page(with_phones):
     assert "mean over frames" not in sections.protocol(run)
     assert page.html(run)
     assert tables.markdown(run)
+
+
+def with_similarity(own, key="0", teacher="hubert") -> dict[str, Path]:
+    """The same run, whose teacher's layers were compared."""
+    matrix = [[1.0, 0.9, 0.2], [0.9, 1.0, 0.3], [0.2, 0.3, 1.0]]
+    described = {
+        "teacher": teacher,
+        "settings": {"measure": "cka"},
+        "frames": 500,
+        "layers": [0, 2, 5],
+        "matrix": matrix,
+    }
+    folder = own["probes"].parent / "similarity"
+    real = json.loads((own["receipts"] / "hubert.json").read_text())["key"]
+    write_json(folder / "hubert.json", {"kind": "similarity", "key": real if key == "0" else key, **described})
+    return {**own, "similarity": folder}
+
+
+def test_compared_layers_are_drawn_and_a_page_without_has_no_such_section(run, own):
+    shown = page.html(gather(**with_similarity(own)))
+    assert "Layers of the teachers" in shown
+    assert 'aria-label="Layers of hubert"' in shown
+    assert "Layers of the teachers" not in page.html(run)
+
+
+def test_layers_of_another_store_are_refused(own):
+    with pytest.raises(StoreError, match=r"hubert.json compares layers of the store other, which no receipt of hubert"):
+        gather(**with_similarity(own, key="other"))

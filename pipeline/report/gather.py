@@ -17,7 +17,7 @@ from cache.frames import RATE_HZ
 from cache.manifest import SPLITS, Manifest, read_manifest
 from cache.names import keeps_layers
 from cache.publish import read_json
-from pipeline.report.products import MetricsFile, ReceiptFile, ScoreFile, files, parsed
+from pipeline.report.products import MetricsFile, ReceiptFile, ScoreFile, SimilarityFile, files, parsed
 from pipeline.tasks.labels import TASKS, whole_task
 
 
@@ -108,6 +108,8 @@ class Run:
     tasks: tuple[str, ...]
     scores: dict[tuple[str, str], ScoreFile]
     """(model, task) -> score; a pair that was not probed is absent."""
+    similarities: tuple[SimilarityFile, ...]
+    """Of the teachers whose layers were compared."""
 
     def best(self, task: str) -> float:
         """The best score of a task: the highest, or the lowest where the metric is an error rate."""
@@ -124,7 +126,14 @@ class Run:
 
 
 def gather(
-    manifest: Path, quarantine: Path, waves: Path, receipts: Path, features: Path, models: Path, probes: Path
+    manifest: Path,
+    quarantine: Path,
+    waves: Path,
+    receipts: Path,
+    features: Path,
+    models: Path,
+    probes: Path,
+    similarity: Path | None = None,
 ) -> Run:
     """Read a run from its products.
 
@@ -179,7 +188,20 @@ def gather(
         students=students,
         tasks=tuple(sorted({task for _, task in scores}, key=lambda task: (*TASKS, task).index(task))),
         scores=scores,
+        similarities=() if similarity is None else tuple(_similarities(similarity, of_teachers)),
     )
+
+
+def _similarities(folder: Path, receipts: dict[str, ReceiptFile]) -> Iterator[SimilarityFile]:
+    for path in sorted(folder.glob("*.json")):
+        found = parsed(path, SimilarityFile)
+        receipt = receipts.get(found.teacher)
+        if receipt is None or receipt.key != found.key:
+            raise StoreError(
+                f"{path} compares layers of the store {found.key}, which no receipt of {found.teacher} describes; "
+                f"run `decant similarity {found.teacher}` again (`dvc repro` does), or delete it"
+            )
+        yield found
 
 
 def _corpora(manifest: Manifest, quarantine: Path) -> list[Corpus]:

@@ -8,9 +8,20 @@ from jaxtyping import Float64
 from matplotlib.figure import Figure
 from scipy.cluster.hierarchy import dendrogram
 
+from pipeline.layers.groups import GroupParams, group_layers
+from pipeline.layers.similarity import Similarity
 from pipeline.report.figures import ACCENT, INK, LOOK, MUTED, WIDTH, WINE
+from pipeline.report.products import SimilarityFile
 
 WORDS = {"cka": "linear CKA", "cosine": "mean cosine of frames", "distance": "mean |x − y| + 1 − cos"}
+
+
+def heat_map_of(found: SimilarityFile, linkage: str = "average") -> Figure:
+    """The picture of one teacher's file."""
+    measure, matrix = str(found.settings["measure"]), np.array(found.matrix)
+    whole = GroupParams(num_groups=1, linkage=linkage, contiguous=False, leave_out=())  # type: ignore[arg-type]
+    merges = group_layers(Similarity(found.layers, matrix, found.frames), measure, whole).merges
+    return heat_map(found.teacher, found.layers, matrix, measure, merges, linkage)
 
 
 def heat_map(

@@ -4,7 +4,9 @@ No script, no request: the style is inline, figures are SVG, and the page's own 
 nothing about when or where it was made, so the same run gives the same bytes.
 """
 
-from pipeline.report import drawing, figures, sections, wording
+from html import escape
+
+from pipeline.report import drawing, figures, layers, sections, wording
 from pipeline.report.gather import Run
 from pipeline.report.style import CSS
 from pipeline.tasks.labels import TASKS
@@ -45,6 +47,7 @@ def html(run: Run) -> str:
             "</figcaption></figure>",
             f'<div class="scroll" style="margin-top:28px">{sections.losses(run)}</div>',
         ),
+        *_similarities(run),
         _section("Corpora", f'<div class="scroll">{sections.corpora(run)}</div>'),
         _section("Stores", f'<div class="scroll">{sections.stores(run)}</div>'),
         _section("Settings", sections.settings(run)),
@@ -56,6 +59,21 @@ def html(run: Run) -> str:
         f"<title>Decant: report</title>\n<style>\n{CSS}</style>\n</head>\n"
         f"<body>\n<main>\n{chr(10).join(body)}\n</main>\n</body>\n</html>\n"
     )
+
+
+def _similarities(run: Run) -> list[str]:
+    """Heat maps of the layers of each teacher; no section where none were compared."""
+    if not run.similarities:
+        return []
+    maps = []
+    for n, found in enumerate(run.similarities):
+        drawn = figures.svg(layers.heat_map_of(found), f"layers-{n}", f"Layers of {escape(found.teacher)}")
+        maps.append(f'<figure class="scroll">{drawn}</figure>')
+    note = (
+        '<p class="note">How alike the layers of each teacher are, over a sample of frames, and in which order they join when '
+        "similar ones are put together: what groups of layers (SKILL) are made of.</p>"
+    )
+    return [_section("Layers of the teachers", *maps, note)]
 
 
 def _section(title: str, *parts: str) -> str:

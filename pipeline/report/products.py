@@ -48,6 +48,17 @@ class ScoreFile(BaseModel, frozen=True):
     params: dict[str, Any]
 
 
+class SimilarityFile(BaseModel, frozen=True):
+    """What `decant similarity` wrote of one teacher."""
+
+    teacher: str
+    key: str
+    settings: dict[str, Any]
+    frames: int
+    layers: tuple[int, ...]
+    matrix: tuple[tuple[float, ...], ...]
+
+
 class MetricsFile(BaseModel, frozen=True):
     """What a report reads of a student's metrics.json."""
 
