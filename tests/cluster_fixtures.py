@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from cache.receipts import open_receipt
 from pipeline.extract import extract
 from pipeline.extraction.cluster import extract_on, order_of
 from pipeline.extraction.crew import Crew, Limits
-from pipeline.extraction.executors import local_workers
+from pipeline.extraction.executors import THREADS, local_workers
 from pipeline.extraction.job import plan_job
 from pipeline.extraction.settings import Calibration, ExtractParams, Fail, Keep
 from pipeline.models import open_models
@@ -118,6 +119,12 @@ def dask_settings(folder: Path) -> Iterator[Hooks]:
 def two_workers(folder: Path) -> Iterator[Cluster]:
     with dask_settings(folder) as hooks, local_workers(2, "cpu", 1) as client:
         yield Cluster(client, hooks)
+
+
+def settle(dask_worker: Any) -> None:
+    """In a worker: wait until its threads have ended what a driver that failed had given them."""
+    barrier = threading.Barrier(THREADS)
+    list(dask_worker.executors["default"].map(lambda _: barrier.wait(PATIENCE_SEC), range(THREADS)))
 
 
 def make_corpus(root: Path) -> TinyCorpus:

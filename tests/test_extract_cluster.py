@@ -29,6 +29,7 @@ from tests.cluster_fixtures import (
     make_corpus,
     make_logmel,
     make_student,
+    settle,
     two_workers,
     until,
 )
@@ -43,6 +44,7 @@ def cluster(tmp_path_factory):
 
 @pytest.fixture
 def hooks(cluster):
+    cluster.client.run(settle)
     cluster.hooks.clear()
     yield cluster.hooks
     cluster.hooks.clear()

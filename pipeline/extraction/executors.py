@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import dask
 import torch
 from pydantic import AfterValidator, BaseModel, Field
 
@@ -130,6 +131,9 @@ def local_workers(workers: int | None, device: str, threads: int | None) -> Iter
     if visible is not None and count > len(visible):
         raise SettingsError(f"--workers is {count} and there are {len(visible)} GPUs; there is one worker a GPU")
     threads = threads or max(1, len(os.sched_getaffinity(0)) // count)
+    preload = dask.config.get("distributed.worker.preload")  # a person's own, one or several
+    # ours: then a worker is there when it can work, and an import does not hold up its heartbeat
+    preload = [*([preload] if isinstance(preload, str) else preload), "pipeline.extraction.task"]
     specs = {}
     for number in range(count):
         environment = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
@@ -142,6 +146,7 @@ def local_workers(workers: int | None, device: str, threads: int | None) -> Iter
             "env": environment,
             "host": ONE_MACHINE,
             "silence_logs": QUIET,
+            "preload": preload,
         }
         specs[number] = {"cls": distributed.Nanny, "options": options}
     scheduler = {

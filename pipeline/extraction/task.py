@@ -6,6 +6,7 @@ store's lock, renames and records it. So any shard may be made twice, by a worke
 """
 
 import os
+import signal
 import socket
 import threading
 import uuid
@@ -91,6 +92,11 @@ class Workshop:
 _opening = threading.Lock()
 _computing = threading.Lock()  # one shard is computed while another thread writes the last one
 _workshop: Workshop | None = None  # of the latest order
+
+
+def dask_setup(_: Any) -> None:
+    """Dask calls this in the workers of this machine before they take orders: Ctrl-C is for the driver, who ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def extract_shard(
