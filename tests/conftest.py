@@ -17,7 +17,14 @@ from cache.ragged import Store
 from cache.receipts import make_receipt, open_receipt, store_key
 from cache.waves import WaveWriter
 
-for name in ("DECANT_DEBUG", "DECANT_EXECUTOR", "DECANT_STORE", "DVC_ROOT", "PYTHONDONTWRITEBYTECODE"):
+for name in (
+    "DECANT_DEBUG",
+    "DECANT_EXECUTOR",
+    "DECANT_SCHEDULER",
+    "DECANT_STORE",
+    "DVC_ROOT",
+    "PYTHONDONTWRITEBYTECODE",
+):
     os.environ.pop(name, None)  # settings of whoever runs the tests; compiling torch at each start takes seconds
 hypothesis.settings.register_profile(
     "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]

@@ -418,7 +418,7 @@ def test_a_job_of_slurm_is_one_worker_with_one_gpu_that_leaves_before_the_wall_t
     started = script.splitlines()[-1]
     assert "--nthreads 2 " in started
     # 4 h less 5 min of margin: 3 h 45 min, give or take 10 min
-    assert "--lifetime 13500s --lifetime-stagger 600s" in started
+    assert started.endswith("--lifetime 13500s --lifetime-stagger 600s --preload pipeline.extraction.task")
     assert "--nanny --death-timeout 60" in started  # a minute after its driver has gone
     with pytest.raises(SettingsError, match=r"slurm.walltime 00:20:00 leaves a worker no time after margin_min 5"):
         slurm_cluster(SLURM.model_copy(update={"walltime": "00:20:00"}))

@@ -30,6 +30,7 @@ THREADS = 2  # of a worker: one computes a shard while the other writes the last
 ONE_MACHINE = "127.0.0.1"
 ASK_SEC = 10.0
 SAME = "start scheduler and workers from an environment where the same version is installed"
+OURS = "pipeline.extraction.task"  # preloaded, a worker is there when it can work, and an import does not hold up its heartbeat
 QUIET = logging.CRITICAL  # what Dask says of workers that end, the driver says in a line
 
 
@@ -132,8 +133,7 @@ def local_workers(workers: int | None, device: str, threads: int | None) -> Iter
         raise SettingsError(f"--workers is {count} and there are {len(visible)} GPUs; there is one worker a GPU")
     threads = threads or max(1, len(os.sched_getaffinity(0)) // count)
     preload = dask.config.get("distributed.worker.preload")  # a person's own, one or several
-    # ours: then a worker is there when it can work, and an import does not hold up its heartbeat
-    preload = [*([preload] if isinstance(preload, str) else preload), "pipeline.extraction.task"]
+    preload = [*([preload] if isinstance(preload, str) else preload), OURS]
     specs = {}
     for number in range(count):
         environment = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
@@ -235,7 +235,7 @@ def slurm_cluster(settings: SlurmParams) -> "SLURMCluster":
         interface=settings.interface,
         log_directory=settings.log_directory,
         job_extra_directives=[*gres, *settings.directives],
-        worker_extra_args=[*lifetime, *stagger],
+        worker_extra_args=[*lifetime, *stagger, "--preload", OURS],
         job_script_prologue=[f"export OMP_NUM_THREADS={settings.cpus}", *settings.prologue],
     )
 
