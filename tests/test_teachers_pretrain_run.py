@@ -19,7 +19,9 @@ import pipeline.teachers.pretrain.run as module
 from cache.errors import DecantError, Interrupted, ResourceError, SettingsError
 from cache.process import exclusive
 from pipeline.teachers.forward import load_teacher
+from pipeline.teachers.pretrain.batches import Recordings
 from pipeline.teachers.pretrain.models import open_start
+from pipeline.teachers.pretrain.run import Job, pretrain
 from pipeline.teachers.pretrain.settings import PretrainParams, without_paths
 from pipeline.teachers.sources import Folder, TeacherParams, materialise
 from tests.conftest import TINY_HUBERT
@@ -145,6 +147,21 @@ def test_a_stop_signal_saves_the_state_and_the_same_command_goes_on(corpus, tmp_
     resumed, _ = run(corpus, tmp_path / "stopped", **TWO_ROUNDS)
     assert resumed == whole
     assert steps == [1, 2, 3, 4, 5, 6, 1, 2, 3]
+
+
+def test_a_stop_signal_while_units_are_made_is_heard_at_the_next_recording(corpus, tmp_path):
+    whole, _ = run(corpus, tmp_path / "whole", **TWO_ROUNDS)
+    job = Job(settings(**TWO_ROUNDS), Recordings(corpus.manifest, corpus.waves), None, False, "cpu")
+    (tmp_path / "stopped-states").mkdir()
+
+    def stop(seconds, note="", found=False):
+        if note == "round 2: units of 7 of 20 recordings":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="stopped before the units of round 2 were made"):
+        pretrain(job, tmp_path / "stopped-states", tmp_path, stop)
+    resumed, _ = run(corpus, tmp_path / "stopped", **TWO_ROUNDS)
+    assert resumed == whole
 
 
 def test_a_state_of_other_settings_or_with_damaged_units_is_not_gone_on_from(corpus, tmp_path):

@@ -134,7 +134,15 @@ def _train(job: Job, run: Path, stopping: Callable[[], bool], on_progress: OnPro
         if isinstance(params.objective, MaskedUnits):
             iteration = params.objective.iterations[number]
             on_progress(0.0, f"round {number + 1}: {iteration.clusters} units of {describe_units(iteration)}")
-            units = units_of_round(job, run, number, iteration, model)
+
+            def named(recordings: int, of: int, number: int = number) -> None:
+                on_progress(0.0, f"round {number + 1}: units of {recordings} of {of} recordings")
+                if stopping():
+                    raise Interrupted(
+                        f"stopped before the units of round {number + 1} were made; the same command makes them anew"
+                    )
+
+            units = units_of_round(job, run, number, iteration, model, named)
             if iteration.restart and number:
                 model = first_model(params, job.start).to(job.device)
         objective = make_objective(params, model, number).to(job.device)
@@ -228,7 +236,9 @@ def make_objective(params: PretrainParams, model: nn.Module, number: int) -> nn.
     return Contrastive(model, params.objective)
 
 
-def units_of_round(job: Job, run: Path, number: int, iteration: Iteration, model: nn.Module) -> UnitFile:
+def units_of_round(
+    job: Job, run: Path, number: int, iteration: Iteration, model: nn.Module, on_named: Callable[[int, int], None]
+) -> UnitFile:
     """The unit of every frame that this round predicts, from the clean audio; made once, then read from their file."""
     objective = job.params.objective
     assert isinstance(objective, MaskedUnits)
@@ -244,7 +254,7 @@ def units_of_round(job: Job, run: Path, number: int, iteration: Iteration, model
         featurise = layer if isinstance(iteration.units, LayerUnits) else mfcc
         fitted = (iteration.units.centre, iteration.clusters, objective.fit_frames, job.params.seed)
         name = fit_clusters(job.recordings, featurise, *fitted)
-        write_json(path.with_suffix(".json"), {"sha256": write_units(path, job.recordings, name)})
+        write_json(path.with_suffix(".json"), {"sha256": write_units(path, job.recordings, name, on_named)})
     return UnitFile(path, job.recordings.frames)
 
 
