@@ -1,13 +1,17 @@
 """Targets of several teachers: what is written, when it changes, and what is refused."""
 
+import numpy as np
 import pytest
 import torch
 
 from cache.errors import SettingsError, StoreError
 from cache.publish import write_json
+from cache.ragged import Store
+from cache.zarrshard import ArraySpec
 from pipeline.distill.ensemble import TargetMaker
 from pipeline.distill.learner import StudentParams
-from pipeline.layers.statistics import draw
+from pipeline.layers.ensembles import Channel
+from pipeline.layers.statistics import channel_statistics, draw
 from pipeline.layers.targets import open_targets, read_targets, targets_json
 from stages._params import read_params
 from tests.distill_fixtures import make_world, write_params
@@ -54,6 +58,50 @@ def test_normalised_targets_have_mean_0_and_deviation_1_over_the_sample(world):
         frames = torch.cat([group[g][0] for group in groups], dim=1).double()
         torch.testing.assert_close(frames.mean(1), torch.zeros_like(frames[:, 0]), rtol=0, atol=1e-5)
         torch.testing.assert_close(frames.std(1, correction=0), torch.ones_like(frames[:, 0]), rtol=0, atol=1e-5)
+
+
+def test_statistics_are_those_of_frames_added_one_by_one(world):
+    targets = choose(world, several("heads", ("hubert", (3, 1), 1.0), ("narrow", (0,), 1.0), normalise=SAMPLE))
+    (floats, coded), stores = targets.stores, open_targets(targets)
+    utterances = draw(stores[0].rows, Channel(**SAMPLE))
+    for n, array in enumerate(floats.arrays):
+        frames = [frame.astype(np.float64) for u in utterances for frame in stores[0].read(array, u)]
+        mean = sum(frames) / len(frames)
+        std = np.sqrt(sum(np.square(frame - mean) for frame in frames) / len(frames))
+        np.testing.assert_array_max_ulp(floats.statistics.mean[n], mean.astype(np.float32), 1)
+        np.testing.assert_array_max_ulp(floats.statistics.std[n], std.astype(np.float32), 1)
+    np.testing.assert_array_equal(coded.statistics.mean[0], stores[1].tables("layer-00")["mean"])
+    np.testing.assert_array_equal(coded.statistics.std[0], stores[1].tables("layer-00")["std"])
+    several_frames = np.random.default_rng(0).standard_normal((1_001, 12))
+    one_by_one = np.zeros(12)
+    for frame in several_frames:
+        one_by_one += frame
+    np.testing.assert_array_equal(several_frames.sum(0), one_by_one)  # so that the bits are the same everywhere
+
+
+def test_a_channel_that_never_moves_stays_near_0_when_normalised():
+    class Still(Store):
+        """One utterance of three channels: one moves, one hardly, one not at all."""
+
+        rows, width = np.array([400]), 3
+
+        def __init__(self):
+            """Without a folder."""
+
+        def spec(self, array):
+            return ArraySpec(array, 3, "float32")
+
+        def tables(self, array):
+            return {}
+
+        def read(self, array, utterance, span=None):
+            wave = np.sin(np.arange(400, dtype=np.float32))
+            return np.stack([wave, 1e-6 * wave, np.full(400, 7, np.float32)], axis=1)
+
+    statistics = channel_statistics(Still(), ["layer-00"], Channel(**SAMPLE))
+    mean, std = statistics.mean[0], statistics.std[0]
+    np.testing.assert_allclose(std, [0.5**0.5, 0.01 * (0.5 / 3) ** 0.5, 0.01 * (0.5 / 3) ** 0.5], rtol=2e-3)
+    assert np.abs((Still().read("layer-00", "u") - mean) / std).max(0)[1:].max() < 1e-3
 
 
 def test_targets_change_only_with_what_is_read_and_name_no_teacher(own_world):
