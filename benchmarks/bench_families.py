@@ -62,7 +62,7 @@ def publish(name: str, hub: Path) -> str:
 def settings(speech: Path, repos: dict[str, str], codec: str, batch_seconds: float) -> dict[str, Any]:
     """A params file: the test speakers of LibriSpeech, and every family as a teacher from the hub."""
     source = {"kind": "librispeech", "root": str(speech / "LibriSpeech"), "subsets": ["train-clean-100", "test-clean"]}
-    source |= {"dev_speakers": 0.1, "sid": None}
+    source |= {"dev_speakers": 0.1, "sid": None, "lexicon": None}
     return {
         "prepare": {
             "workers": 2,
