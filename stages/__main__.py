@@ -29,6 +29,8 @@ STAGES = {  # in the order of the pipeline, as `decant --help` lists them
     "lhotse": "the manifest and its waveforms, for lhotse",
 }
 
+INTERRUPTED = 130  # from the keyboard
+
 # What a person typed wrong; typer exports only subclasses of it.
 UsageError: Any = typer.BadParameter.__base__
 
@@ -60,7 +62,10 @@ def main() -> None:
         if isinstance(stream, TextIOWrapper):  # a terminal that knows no "±" gets a "?", and no stage ends for it
             stream.reconfigure(errors="replace")
     try:
-        sys.exit(app(args=arguments, prog_name="decant", standalone_mode=False))
+        code = app(args=arguments, prog_name="decant", standalone_mode=False)
+        if code == INTERRUPTED:  # typer makes a Ctrl-C of it without a word
+            raise KeyboardInterrupt
+        sys.exit(code)
     except DecantError as error:
         if debug:
             raise
@@ -71,7 +76,7 @@ def main() -> None:
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         print(f"{stage}: interrupted; the same command goes on where it stopped", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except BrokenPipeError:  # the reader of our output left: `decant ... | head`
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # kept open for the interpreter's last flush
         sys.exit(141)

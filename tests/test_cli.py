@@ -149,3 +149,16 @@ def test_a_terminal_that_lacks_a_character_ends_no_stage():
         [sys.executable, "-c", code], capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}
     )
     assert (done.returncode, done.stdout) == (0, b"1 ? 2\n")
+
+
+def test_a_ctrl_c_is_answered_with_one_line_and_its_exit_code(tmp_path):
+    (tmp_path / "params.yaml").write_text(f"extract: {EXTRACT}\nkeep: {KEEP}")
+    script = (
+        "import os, signal, sys, cache.manifest, stages.__main__ as m\n"
+        "cache.manifest.read_manifest = lambda path: os.kill(os.getpid(), signal.SIGINT)\n"
+        f"sys.argv = ['decant', 'extract', 'x', *{paths(tmp_path)!r}]\n"
+        "m.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "decant extract: interrupted; the same command goes on where it stopped\n"
