@@ -45,8 +45,8 @@ class PaddedBatches:
         self.waves, self.features, self.arrays = waves, list(features), [list(names) for names in arrays]
         assert len(self.features) == len(self.arrays)
 
-    def __call__(self, request: Request, buffer: UInt8[np.ndarray, " _"]) -> Request:
-        """Read one batch; gives the request back, which says what lies where.
+    def __call__(self, request: Request, buffer: UInt8[np.ndarray, " _"]) -> None:
+        """Read one batch; the request says what lies where (`views`), so nothing has to be answered.
 
         Raises:
             StoreError: a shard is damaged or missing.
@@ -57,7 +57,6 @@ class PaddedBatches:
         spans = [FrameSpan(begin, count) for begin, count in request.frames.tolist()]
         for store, arrays, numbers, out in zip(self.features, self.arrays, request.numbers.tolist(), rows, strict=True):
             store.read_batch(numbers, arrays, spans, out=out)
-        return request
 
     def views(self, request: Request, buffer: UInt8[np.ndarray, " _"]) -> Padded:
         """Where the waveforms and rows of a request lie in its buffer."""

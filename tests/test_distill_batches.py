@@ -177,6 +177,16 @@ def test_what_reader_processes_bring_is_what_is_read_here(world, readers):
     assert number == len(planned) > 6
 
 
+def test_a_batch_may_hold_thousands_of_utterances(world):
+    reader, _ = open_reader(world)
+    items = [Item(u % len(world.manifest), FrameSpan(u % 7, 1)) for u in range(4_000)]
+    with reader.ahead(iter([items] * 6), 100.0, 1, torch.device("cpu")) as batches:
+        (*_, last) = batches
+    want = reader.read(items)
+    assert torch.equal(last.targets[0], want.targets[0])
+    assert torch.equal(last.waves, want.waves)
+
+
 def test_damage_that_a_reader_process_meets_is_told_here(world, tmp_path, monkeypatch):
     shutil.copytree(world.root / "store", tmp_path / "store")
     monkeypatch.setenv("DECANT_STORE", str(tmp_path / "store"))

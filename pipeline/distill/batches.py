@@ -4,6 +4,7 @@ Reader processes fill a ring of shared buffers (`cache.ring`), so the tensors of
 batch may overwrite. On a GPU the ring is pinned, and a batch is copied to the device without a detour.
 """
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -94,15 +95,16 @@ class BatchReader:
         """
         samples = int(batch_seconds * RATE_HZ)
         size = self.padded.buffer_bytes(samples, samples // HOP + FIELD)
-        asked: list[list[int]] = []  # utterances of the batches that are in the ring
+        asked: deque[tuple[list[int], Request]] = deque()  # what the batches in the ring are of
 
         def requests() -> Iterator[Request]:
             for items in plan:
-                asked.append([item.utterance for item in items])
-                yield self._request(items)
+                request = self._request(items)
+                asked.append(([item.utterance for item in items], request))
+                yield request
 
         with Ring(self.padded, requests(), size, SLOTS + readers - 1, readers) as ring, pinned(ring.memory, device):
-            yield (self._batch(asked.pop(0), request, buffer) for request, buffer in ring)
+            yield (self._batch(*asked.popleft(), buffer) for _, buffer in ring)
 
     def _request(self, items: Sequence[Item]) -> Request:
         places = self._places[[item.utterance for item in items]]
