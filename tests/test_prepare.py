@@ -55,7 +55,12 @@ def settings(root: Path, max_bad_fraction: float = 0.0, workers: int = 2) -> Pre
                 testing_percentage=10,
             ),
             "books": LibriSpeechParams(
-                kind="librispeech", root=str(root / "books"), subsets=("test-clean",), dev_speakers=0, sid=None, lexicon=None
+                kind="librispeech",
+                root=str(root / "books"),
+                subsets=("test-clean",),
+                dev_speakers=0,
+                sid=None,
+                lexicon=None,
             ),
         },
         audio=AudioParams(max_sec=10, channels="mean", rate="resample"),
