@@ -175,7 +175,9 @@ def _train_round(
     drawn = islice(draws(params, job.recordings.frames, number, done, place), steps - done)
     seconds, losses, hits, since = 0.0, 0.0, 0.0, 0
     with ThreadPoolExecutor(1) as executor:
-        for batch in ordered_map(executor, maker, drawn, AHEAD):
+        # ahead of a GPU only: on a CPU a second thread would take its cores, with OpenMP threads of its own
+        ahead = torch.device(job.device).type != "cpu"
+        for batch in ordered_map(executor, maker, drawn, AHEAD) if ahead else map(maker, drawn):
             step = batch.draw.step
             for group in optimiser.param_groups:
                 group["lr"] = rate_at(step, steps, params.lr, params.warmup)
