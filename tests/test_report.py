@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -291,6 +292,19 @@ def test_the_headline_compares_the_best_student_with_its_teacher(run):
     assert "distil, the best student; hubert 93.1, log-mel 58.3, chance 10.0" in text
 
 
+def test_the_headline_compares_a_student_with_the_teachers_it_learned_from(own):
+    facts = json.loads((own["models"] / "distil" / "shape.json").read_text())
+    facts["settings"]["ensemble"] = {"kind": "heads", "teachers": [{"teacher": "hubert"}, {"teacher": "spare"}]}
+    write_json(own["models"] / "distil" / "shape.json", facts)
+    run = gather(**own)
+    assert next(student for student in run.students if student.name == "distil").teachers == ("hubert", "spare")
+    better = replace(run.models[0], name="wavlm")
+    score = run.scores["hubert", "kws"]
+    louder = {**run.scores, ("wavlm", "kws"): score.model_copy(update={"model": "wavlm", "mean": 0.99})}
+    text = re.sub(r"<[^>]+>", " ", sections.headline(replace(run, models=(better, *run.models), scores=louder)))
+    assert "distil, the best student; hubert 93.1, log-mel 58.3" in text
+
+
 def test_the_drawing_carries_the_counts_of_this_run(run):
     drawn = {station.name: station for station in drawing.stations(run)}
     assert list(drawn) == ["corpus", "teacher", "store", "targets", "student", "probe", "report"]
@@ -532,6 +546,7 @@ def test_compared_layers_are_drawn_and_a_page_without_has_no_such_section(run, o
     shown = page.html(gather(**with_similarity(own)))
     assert "Layers of the teachers" in shown
     assert 'aria-label="Layers of hubert"' in shown
+    assert "<image" not in shown
     assert "Layers of the teachers" not in page.html(run)
 
 

@@ -95,6 +95,13 @@ class Student:
         """Layers it predicts."""
         return sum(len(store["arrays"]) for store in self.facts.get("targets", {}).get("stores", ()))
 
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """Whom it learned from, by name."""
+        ensemble = self.facts.get("settings", {}).get("ensemble", {})
+        each = ensemble.get("teachers") or [ensemble]
+        return tuple(one["teacher"] for one in each if "teacher" in one)
+
 
 @dataclass(frozen=True, slots=True)
 class Run:

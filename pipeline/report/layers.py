@@ -60,6 +60,9 @@ def heat_map(
                     )
         bar = figure.colorbar(mesh, ax=heat, shrink=0.7, label=WORDS[measure])
         bar.outline.set_visible(False)
+        assert bar.solids is not None
+        bar.solids.set_rasterized(False)  # a picture inside the page would ask for data: its policy forbids that
+        bar.solids.set_edgecolor("face")
         tree.set_title(f"clusters, {linkage} linkage", loc="left", fontsize=10, color=INK, fontweight="bold")
         if len(merges):
             dendrogram(

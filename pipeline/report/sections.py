@@ -31,6 +31,12 @@ def standfirst(run: Run) -> str:
     )
 
 
+def _teachers_of(run: Run, student: Model, teachers: list[Model]) -> list[Model]:
+    """Those of the teachers that a student learned from; all, where they are not among them (a mean of several)."""
+    names = {name for trained in run.students if trained.name == student.name for name in trained.teachers}
+    return [teacher for teacher in teachers if teacher.name in names] or teachers
+
+
 def headline(run: Run) -> str:
     """Two to four figures a reader should leave with."""
     cells = []
@@ -38,8 +44,8 @@ def headline(run: Run) -> str:
     sized_teachers = [model for model in teachers if model.num_params]
     sized_students = [model for model in students if model.num_params]
     if sized_teachers and sized_students:
-        large = max(sized_teachers, key=lambda model: model.num_params or 0)
         small = min(sized_students, key=lambda model: model.num_params or 0)
+        large = max(_teachers_of(run, small, sized_teachers), key=lambda model: model.num_params or 0)
         ratio = (large.num_params or 0) / (small.num_params or 1)
         cells.append(
             (
@@ -54,7 +60,8 @@ def headline(run: Run) -> str:
         if not ranked:
             continue
         model, score = ranked[0]
-        others = [*_ranked(run, task, teachers)[:1], *_ranked(run, task, run.of_role("baseline"))[:1]]
+        taught = _teachers_of(run, model, teachers)
+        others = [*_ranked(run, task, taught)[:1], *_ranked(run, task, run.of_role("baseline"))[:1]]
         beside = [f"{escape(other.name)} {wording.percent(its.mean)}" for other, its in others]
         row = TASKS[task]
         if row.higher_is_better:
