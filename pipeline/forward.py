@@ -1,6 +1,6 @@
 """A model and some utterances of a manifest in, their layers out, one padded batch after another.
 
-Waveforms are read and padded in a thread, a few batches before the model needs them.
+For a CUDA device waveforms are read and padded in a thread, a few batches before the model needs them.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -55,8 +55,9 @@ def forward_batches(
     Raises:
         DataError: the model gives fewer frames than the manifest says.
     """
-    batches = piece_batches(manifest, utterances, long, batch_seconds)
-    for pieces, padded, samples in ahead(read_batches(manifest, waves, batches, device), BATCHES_AHEAD):
+    batches = read_batches(manifest, waves, piece_batches(manifest, utterances, long, batch_seconds), device)
+    # on a CPU the forward needs the interpreter, too: a second thread costs it more than the reading does
+    for pieces, padded, samples in ahead(batches, BATCHES_AHEAD) if device.startswith("cuda") else batches:
         with torch.inference_mode():
             layers = upstream.layers(padded.to(device, non_blocking=True), samples.to(device, non_blocking=True))
         if (got := layers[0].shape[1]) < (due := max(p.kept.stop for p in pieces)):

@@ -1,7 +1,8 @@
 """One shard of a job in, the encoded rows of its utterances out.
 
-Three things happen at a time: a thread reads and pads the next waveforms, the model runs, and a thread behind it encodes
-what the last batch gave (on a CUDA device they are encoded there, and copied to the host beside the next forward).
+With a CUDA device three things happen at a time: a thread reads and pads the next waveforms, the device runs the model and
+encodes, and rows of the last batch are copied to the host and put in their place. On a CPU one thing follows the other:
+threads of Python beside a forward there cost it more (a fifth of its speed, of a tiny model) than what they would hide.
 A shard is a pure function of its job: restarts, other processes and other machines of the same kind give the same rows.
 """
 
@@ -26,7 +27,7 @@ from pipeline.extraction.windows import Piece
 from pipeline.forward import forward_batches, mean_of
 from pipeline.upstream import Upstream
 
-BATCHES_BEHIND = 2  # given by the model and not yet encoded
+BATCHES_BEHIND = 2  # encoded, and not yet in their place
 
 Rows = Shaped[np.ndarray, "R ..."]
 
@@ -63,10 +64,11 @@ def fill_shard(
         DataError: features that are not finite in the codec; the utterance and the array are named.
     """
     params, codec = job.params, CODECS[job.params.codec]
-    on_device = {name: to_device(tables[name], job.device) for name in out}
+    on_host = job.device == "cpu"
+    on_device = {} if on_host else {name: to_device(tables[name], job.device) for name in out}
     first_row = shard * job.plan.shard_rows
     waiting: deque[Future[None]] = deque()
-    with ThreadPoolExecutor(1, "encode") as behind:
+    with ThreadPoolExecutor(1, "place") as behind:
         for pieces, layers in forward_batches(
             *(upstream, job.manifest, waves, job.plan.utterances(shard)),
             *(params.long, params.batch_seconds, job.device),
@@ -75,22 +77,29 @@ def fill_shard(
             for name in out:
                 frames = mean_of(layers, name)
                 encoded[name] = (
-                    partial(_encode_on_host, frames.numpy(), codec, tables[name])
-                    if job.device == "cpu"
+                    partial(_encode_on_host, frames, codec, tables[name])
+                    if on_host
                     else _encode_on_device(frames, codec, on_device[name])
                 )
-            waiting.append(behind.submit(_place, job, first_row, pieces, encoded, out))
-            if len(waiting) > BATCHES_BEHIND:
-                waiting.popleft().result()
+            if on_host:
+                _place(job, first_row, pieces, encoded, out)
+            else:
+                waiting.append(behind.submit(_place, job, first_row, pieces, encoded, out))
+                if len(waiting) > BATCHES_BEHIND:
+                    waiting.popleft().result()
             meanwhile()
         for future in waiting:
             future.result()
 
 
-def _encode_on_host(frames: Float[np.ndarray, "B T D"], codec: Codec, tables: Tables) -> Encoded:
-    """numpy, because torch in a second thread would start threads of its own beside those of the forward."""
-    rows = codecs.encode(frames, codec, tables)
-    return Encoded(rows, codecs.can_hold(frames, rows, codec))
+def _encode_on_host(frames: Float[Tensor, "B T D"], codec: Codec, tables: Tables) -> Encoded:
+    """By what is faster there, for the same bits: torch for plain floats, numpy (three to five times) for int8."""
+    if codec.name in ("float32", "float16"):
+        rows = encode(frames, codec, {})
+        return Encoded(rows.numpy(), can_hold(frames, rows, codec).numpy())
+    given = frames.numpy()
+    encoded = codecs.encode(given, codec, tables)
+    return Encoded(encoded, codecs.can_hold(given, encoded, codec))
 
 
 def _encode_on_device(frames: Float[Tensor, "B T D"], codec: Codec, tables: DeviceTables) -> Callable[[], Encoded]:
