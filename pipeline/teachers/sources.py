@@ -18,12 +18,12 @@ from cache.errors import DataError, SettingsError, StoreError
 from cache.manifest import Manifest
 from cache.publish import digest_file, publish_dir, read_json
 from cache.ragged import Store
+from pipeline.distortion.distort import folders_of
 from pipeline.teachers.fairseq import Fairseq, read_fairseq
 from pipeline.teachers.families import FAMILIES
 from pipeline.teachers.grid import STORE, Align
 from pipeline.teachers.pinned import CONFIG, PREPROCESSOR, WEIGHTS, Pinned, pin, read_safetensors
 from pipeline.teachers.pretrain.batches import Recordings
-from pipeline.teachers.pretrain.distortion import folders_of
 from pipeline.teachers.pretrain.models import open_start
 from pipeline.teachers.pretrain.run import Job, pretrain, training_folder
 from pipeline.teachers.pretrain.settings import PretrainParams, without_paths

@@ -19,9 +19,9 @@ from cache.frames import FrameSpan, frames_of
 from cache.manifest import Manifest
 from cache.publish import digest_json
 from cache.ragged import Store
+from pipeline.distortion.distort import Distorter
+from pipeline.distortion.mixing import Mixer
 from pipeline.padding import INT16_SCALE
-from pipeline.teachers.pretrain.distortion import Distorter
-from pipeline.teachers.pretrain.mixing import Mixer
 from pipeline.teachers.pretrain.settings import PretrainParams
 from pipeline.teachers.units import UnitFile
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from cache.errors import DecantError, Interrupted, StoreError
 from cache.process import exclusive
 from cache.publish import digest_file, read_json, write_json
+from pipeline.distortion.distort import folders_of
 from pipeline.interrupt import stop_requested
 from pipeline.ordered import ordered_map
 from pipeline.padding import INT16_SCALE, normalise_waves
@@ -30,7 +31,6 @@ from pipeline.states import Say, State, discard, discard_other, load_checked, re
 from pipeline.teachers.contrastive import Contrastive
 from pipeline.teachers.objective import Prediction
 from pipeline.teachers.pretrain.batches import Batch, BatchMaker, Recordings, draws
-from pipeline.teachers.pretrain.distortion import folders_of
 from pipeline.teachers.pretrain.masked_units import MaskedPrediction
 from pipeline.teachers.pretrain.models import Start, check_start, first_model, layer_of, write_model
 from pipeline.teachers.pretrain.optimiser import make_optimiser, rate_at

@@ -4,9 +4,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
+from pipeline.distortion.distort import Distortion
+from pipeline.distortion.mixing import Mixing
 from pipeline.teachers.contrastive import ContrastiveParams
-from pipeline.teachers.pretrain.distortion import Distortion
-from pipeline.teachers.pretrain.mixing import Mixing
 from pipeline.teachers.units import Units
 
 

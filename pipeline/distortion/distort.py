@@ -13,8 +13,8 @@ from jaxtyping import Float, Float32
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
-from pipeline.teachers.pretrain.noises import AudioFolder, FolderNoise, NoiseSource, Speech, noise_maker
-from pipeline.teachers.pretrain.rooms import FolderRooms, Rooms, reverberate, room_maker
+from pipeline.distortion.noises import AudioFolder, FolderNoise, NoiseSource, Speech, noise_maker
+from pipeline.distortion.rooms import FolderRooms, Rooms, reverberate, room_maker
 
 
 class Reverberation(BaseModel, frozen=True, extra="forbid"):

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int64
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from pipeline.teachers.pretrain.noises import NoiseSource, Speech, noise_maker
+from pipeline.distortion.noises import NoiseSource, Speech, noise_maker
 
 
 class MixedNoise(BaseModel, frozen=True, extra="forbid"):

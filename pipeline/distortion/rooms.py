@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cache.errors import DataError
 from cache.frames import RATE_HZ
-from pipeline.teachers.pretrain.noises import AudioFolder
+from pipeline.distortion.noises import AudioFolder
 
 LONGEST_SEC = 10.0  # of an impulse response; a longer file is a recording of something else
 

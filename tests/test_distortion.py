@@ -9,9 +9,9 @@ import torch
 from pydantic import ValidationError
 
 from cache.errors import DataError
-from pipeline.teachers.pretrain.distortion import Distorter, Distortion, add_noise, choose, folders_of
-from pipeline.teachers.pretrain.mixing import Mixer, Mixing, scale
-from pipeline.teachers.pretrain.noises import (
+from pipeline.distortion.distort import Distorter, Distortion, add_noise, choose, folders_of
+from pipeline.distortion.mixing import Mixer, Mixing, scale
+from pipeline.distortion.noises import (
     AudioFolder,
     BabbleNoise,
     FolderNoise,
@@ -19,7 +19,7 @@ from pipeline.teachers.pretrain.noises import (
     coloured,
     noise_maker,
 )
-from pipeline.teachers.pretrain.rooms import FolderRooms, from_direct_path, reverberate, room_maker, synthetic
+from pipeline.distortion.rooms import FolderRooms, from_direct_path, reverberate, room_maker, synthetic
 from tests.pretrain_fixtures import DISTORT, MIX
 
 

@@ -1,0 +1,1 @@
+"""Distortion: clean waveforms in, the same in noise, rooms and other voices out; what pretraining and distillation share."""
