@@ -192,9 +192,9 @@ class Contest:
             )
             for padded, samples in self.batches:
                 with torch.inference_mode():
-                    layers = timed("forward", partial(self.teacher.layers, padded, samples))
+                    outputs = timed("forward", partial(self.teacher.outputs, padded, samples))
                 for array in job.arrays:
-                    frames = mean_of(layers, array)
+                    frames = mean_of(outputs, array)
                     rows[array].append(
                         timed("encoding", partial(codecs.encode, frames.numpy(), coding, tables[array]))
                         if self.device == "cpu"

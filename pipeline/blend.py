@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cache.errors import SettingsError
 from cache.publish import digest_json
-from pipeline.upstream import Upstream
+from pipeline.upstream import Outputs, Upstream
 
 
 class Blend:
@@ -33,6 +33,7 @@ class Blend:
             )
         self.models = tuple(models)
         self.num_layers, self.width = shapes[0]
+        self.has_projection = all(model.has_projection for model in models)
 
     def describe(self) -> dict[str, Any]:
         """See `Upstream`. Their order is left out: it changes the mean by rounding alone."""
@@ -48,13 +49,19 @@ class Blend:
 
     def layers(self, waves: Float[Tensor, "B S"], samples: Int64[Tensor, " B"]) -> list[Float[Tensor, "B T D"]]:
         """Layer by layer the mean over the models, in float32; all count the same frames, whatever their grids."""
+        return self.outputs(waves, samples).layers
+
+    def outputs(self, waves: Float[Tensor, "B S"], samples: Int64[Tensor, " B"]) -> Outputs:
+        """The same with the mean of their projections, where each has one."""
         frames, total = 0, list[Tensor]()
         for model in self.models:
-            states = model.layers(waves, samples)
+            projection, layers = model.outputs(waves, samples)
+            states = [projection, *layers] if self.has_projection and projection is not None else layers
             frames = min(frames or states[0].shape[1], states[0].shape[1])  # beyond the last valid one, models differ
             total = (
                 [t[:, :frames] + s[:, :frames].float() for t, s in zip(total, states, strict=True)]
                 if total
                 else [s.float() for s in states]
             )
-        return [t / len(self.models) for t in total]
+        means = [t / len(self.models) for t in total]
+        return Outputs(means[0], means[1:]) if self.has_projection else Outputs(None, means)

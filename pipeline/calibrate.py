@@ -43,9 +43,9 @@ def sample_arrays(
     for begin in range(0, len(arrays), at_once):
         some = arrays[begin : begin + at_once]
         held: dict[str, list[Tensor]] = {name: [] for name in some}
-        for pieces, layers in forward_batches(upstream, manifest, waves, utterances, long, batch_seconds, device):
+        for pieces, outputs in forward_batches(upstream, manifest, waves, utterances, long, batch_seconds, device):
             for name, frames in held.items():
-                kept = mean_of(layers, name)
+                kept = mean_of(outputs, name)
                 frames += [kept[b, piece.kept] for b, piece in enumerate(pieces)]
         for name in some:
             yield name, torch.cat(held.pop(name))

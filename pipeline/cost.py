@@ -116,6 +116,6 @@ def timed_sample(upstream: Upstream, job: Job, waves: Store, sample_seconds: flo
     start = time.perf_counter()
     for batch in forward(range(len(sample))):
         for array in job.arrays:  # the copy to the host waits for the device
-            encode(mean_of(batch.layers, array), codec, tables).cpu()
+            encode(mean_of(batch.outputs, array), codec, tables).cpu()
     seconds = float(sample.samples.sum()) / RATE_HZ
     return seconds, seconds / (time.perf_counter() - start)

@@ -3,7 +3,7 @@
 For a CUDA device waveforms are read and padded in a thread, a few batches before the model needs them.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -14,13 +14,13 @@ from torch import Tensor
 from cache.errors import DataError
 from cache.frames import RATE_HZ
 from cache.manifest import Manifest
-from cache.names import layers_of
+from cache.names import PROJECTION, layers_of
 from cache.ragged import Store
 from pipeline.extraction.ahead import ahead
 from pipeline.extraction.settings import Long
 from pipeline.extraction.windows import Piece, piece_batches
 from pipeline.padding import pad_waves
-from pipeline.upstream import Upstream
+from pipeline.upstream import Outputs, Upstream
 
 BATCHES_AHEAD = 3
 
@@ -29,8 +29,8 @@ class Forwarded(NamedTuple):
     """One batch of B pieces of utterances through a model."""
 
     pieces: list[Piece]
-    layers: list[Float[Tensor, "B T D"]]
-    """All layers, on the model's device; what follows the frames of a piece is undefined."""
+    outputs: Outputs
+    """All layers and the projection, on the model's device; what follows the frames of a piece is undefined."""
 
 
 class Padded(NamedTuple):
@@ -56,32 +56,48 @@ def forward_batches(
         DataError: the model gives fewer frames than the manifest says.
     """
     batches = read_batches(manifest, waves, piece_batches(manifest, utterances, long, batch_seconds), device)
-    # on a CPU the forward needs the interpreter, too: a second thread costs it more than the reading does
-    for pieces, padded, samples in ahead(batches, BATCHES_AHEAD) if device.startswith("cuda") else batches:
-        with torch.inference_mode():
-            layers = upstream.layers(padded.to(device, non_blocking=True), samples.to(device, non_blocking=True))
-        if (got := layers[0].shape[1]) < (due := max(p.kept.stop for p in pieces)):
-            raise DataError(
-                f"{manifest[pieces[0].utterance].id}: the model gave {got} frames and the manifest says {due}; "
-                "is its hop 320 samples?"
-            )
-        yield Forwarded(pieces, layers)
+    for batch in ahead(batches, BATCHES_AHEAD) if device.startswith("cuda") else batches:
+        yield forward(upstream, manifest, batch, device)
+
+
+def forward(upstream: Upstream, manifest: Manifest, batch: Padded, device: str) -> Forwarded:
+    """Run one batch through a model.
+
+    Raises:
+        DataError: the model gives fewer frames than the manifest says.
+    """
+    with torch.inference_mode():
+        outputs = upstream.outputs(
+            batch.waves.to(device, non_blocking=True), batch.samples.to(device, non_blocking=True)
+        )
+    if (got := outputs.layers[0].shape[1]) < (due := max(p.kept.stop for p in batch.pieces)):
+        raise DataError(
+            f"{manifest[batch.pieces[0].utterance].id}: the model gave {got} frames and the manifest says {due}; "
+            "is its hop 320 samples?"
+        )
+    return Forwarded(batch.pieces, outputs)
 
 
 def read_batches(manifest: Manifest, waves: Store, batches: Iterable[list[Piece]], device: str) -> Iterator[Padded]:
-    """Waveforms of planned batches, padded; in pinned memory where a CUDA device will fetch them."""
+    """Waveforms of planned batches, padded."""
     for pieces in batches:
-        padded, samples = pad_waves([waves.read("wave", manifest[p.utterance].id)[p.samples] for p in pieces])
-        yield (
-            Padded(pieces, padded.pin_memory(), samples.pin_memory())
-            if device.startswith("cuda")
-            else Padded(pieces, padded, samples)
-        )
+        yield read_batch(manifest, waves, pieces, device)
 
 
-def mean_of(layers: Sequence[Float[Tensor, "B T D"]], array: str) -> Float[Tensor, "B T D"]:
-    """What an array keeps: a layer, or the mean of several, in float32."""
-    first, *others = (layers[layer].float() for layer in layers_of(array))
+def read_batch(manifest: Manifest, waves: Store, pieces: list[Piece], device: str) -> Padded:
+    """Waveforms of one batch, padded; in pinned memory where a CUDA device will fetch them."""
+    padded, samples = pad_waves([waves.read("wave", manifest[p.utterance].id)[p.samples] for p in pieces])
+    if device.startswith("cuda"):
+        return Padded(pieces, padded.pin_memory(), samples.pin_memory())
+    return Padded(pieces, padded, samples)
+
+
+def mean_of(outputs: Outputs, array: str) -> Float[Tensor, "B T D"]:
+    """What an array keeps: a layer, the projection, or the mean of several layers, in float32."""
+    if array == PROJECTION:
+        assert outputs.projection is not None, "planning refuses what a model does not have"
+        return outputs.projection.float()
+    first, *others = (outputs.layers[layer].float() for layer in layers_of(array))
     return sum(others, first) / (1 + len(others)) if others else first
 
 

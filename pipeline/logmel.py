@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cache.frames import FIELD, HOP, RATE_HZ
 from cache.publish import digest_json
+from pipeline.upstream import LayersAlone
 
 
 class LogMelParams(BaseModel, frozen=True, extra="forbid"):
@@ -28,7 +29,7 @@ class LogMelParams(BaseModel, frozen=True, extra="forbid"):
     """Added to the energies before the logarithm."""
 
 
-class LogMel:
+class LogMel(LayersAlone):
     """Log-mel energies as a model of one layer."""
 
     def __init__(self, params: LogMelParams) -> None:

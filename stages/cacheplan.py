@@ -53,8 +53,8 @@ def main(
         for choice in (cost.chosen, *cost.alternatives):
             mark = "*" if choice is cost.chosen else " "
             fits = "" if choice.bytes <= free else "   does not fit"
-            names = ["+".join(map(str, layers_of(name))) for name in choice.arrays]
-            kept = ", ".join(names) if len(names) < 8 else f"all {len(names)}"
+            names = ["+".join(map(str, layers_of(name))) or name for name in choice.arrays]
+            kept = ", ".join(names) if len(names) < 8 else f"{len(names)} arrays"
             print(f"{mark:2}{kept:<24}{choice.codec:<10}{choice.bytes / 1e9:>12,.3f}{choice.files:>10,}{fits}")
     if cost.chosen.bytes > free:
         raise ResourceError(

@@ -18,12 +18,13 @@ def main(
     params: Annotated[Path, typer.Option(help="The settings.")] = Path("params.yaml"),
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto.")] = "auto",
 ) -> None:
-    """Probe a frozen model: weighted sum of layers, small head, learning rate chosen on dev, score on test."""
+    """Probe a frozen model: weighted sum of its hidden states, small head, learning rate chosen on dev, score on test."""
     from dataclasses import asdict
 
     import torch
 
     from cache.manifest import read_manifest
+    from cache.names import PROJECTION, in_order
     from cache.publish import read_json, write_json
     from cache.receipts import open_receipt
     from pipeline.devices import choose_device
@@ -37,7 +38,8 @@ def main(
     job = job_of(row, read_manifest(manifest), settings)
     receipt = read_json(features)
     with progress(f"probe {model} on {task}", total=job.total, unit=job.unit) as tick:
-        store, layers = open_receipt(receipt, verify=True), sorted(receipt["arrays"])
+        layers = [name for name in in_order(list(receipt["arrays"])) if name != PROJECTION]  # it is no hidden state
+        store = open_receipt(receipt, verify=True)
         score = job.score(store, layers, torch.device(choose_device(device)), tick)
     described = receipt["fingerprint"]["model"]
     write_json(

@@ -5,8 +5,9 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from pipeline.layers.choose import choose_targets
 from pipeline.layers.ensembles import AnyEnsemble, Ensemble
-from pipeline.layers.targets import Random, Targets, choose_targets
+from pipeline.layers.targets import Random, Targets
 from tests.distill_fixtures import EXTRACT, World, make_world
 from tests.distill_fixtures import write_receipt as run_teacher
 

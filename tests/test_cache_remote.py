@@ -24,8 +24,9 @@ from cache.places import RemotePath, place_of
 from cache.publish import write_json
 from cache.ragged import Store
 from cache.receipts import make_receipt, open_receipt, store_path, store_root
+from pipeline.layers.choose import choose_targets
 from pipeline.layers.ensembles import SingleTeacher
-from pipeline.layers.targets import Adopted, choose_targets, targets_json
+from pipeline.layers.targets import Adopted, targets_json
 from pipeline.tasks.features import pool
 from tests.cache_fixtures import LAYERS, ROWS, build, edit, flip
 from tests.conftest import make_tiny_corpus
@@ -510,7 +511,7 @@ def test_training_from_a_url_gives_the_weights_of_training_from_the_disk(server,
     chosen = choose_targets(
         SingleTeacher(kind="single", teacher="hubert", layers=(3, 1), normalise=None),
         tmp_path / "receipts",
-        Adopted(kind="adopted", teacher="hubert"),
+        Adopted(kind="adopted", teacher="hubert", final_norm=False),
         tmp_path / "init",
     )
     write_json(tmp_path / "targets.json", targets_json(chosen))

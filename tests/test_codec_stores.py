@@ -21,13 +21,14 @@ from pipeline.codecs import Decoder
 from pipeline.extract import extract
 from pipeline.extraction.settings import Calibration, ExtractParams, Fail, Keep
 from pipeline.tasks.features import pool
+from pipeline.upstream import LayersAlone
 from tests.conftest import make_tiny_corpus
 
 WIDTH, LAYERS = 20, 2
 BOUNDS = {"float32": 0, "float16": 3e-4, "bfloat16": 3e-3, "int8": 1.5e-2, "mvq8": 0.5, "mvq16": 0.4, "mvq32": 0.3}
 
 
-class Projecting:
+class Projecting(LayersAlone):
     """A model whose layer i is a fixed random projection of each frame's magnitudes: cheap, and full of structure."""
 
     num_layers, width = LAYERS, WIDTH

@@ -18,6 +18,7 @@ from pipeline.extract import extract
 from pipeline.extraction.settings import Calibration, ExtractParams, Fail, Keep
 from pipeline.logmel import LogMel, LogMelParams
 from pipeline.padding import LengthMaskedGroupNorm, pad_waves
+from pipeline.upstream import LayersAlone
 from stages.extract import app
 
 SAMPLE = Calibration(seconds=60, seed=0)  # more than there is: all of it
@@ -39,7 +40,7 @@ def logmel():
     return LogMel(LogMelParams(model="log-mel", num_mels=40, floor=1e-6))
 
 
-class Shifting:
+class Shifting(LayersAlone):
     """A model whose layer i is the framed wave plus i; `calls` counts its forwards."""
 
     num_layers, width = 3, 400

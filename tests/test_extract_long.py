@@ -13,15 +13,17 @@ from pydantic import ValidationError
 from cache.errors import DataError
 from cache.frames import HOP, num_frames
 from cache.receipts import open_receipt
-from pipeline.distill.learner import StudentParams
+from pipeline.distill.settings import StudentParams
 from pipeline.distill.train import distil
 from pipeline.extract import extract
 from pipeline.extraction.settings import Calibration, Chunk, ExtractParams, Fail, Keep, Skip
 from pipeline.extraction.windows import piece_batches, pieces_of
+from pipeline.layers.choose import choose_targets
 from pipeline.layers.ensembles import SingleTeacher
-from pipeline.layers.targets import Adopted, choose_targets
+from pipeline.layers.targets import Adopted
 from pipeline.teachers.forward import load_teacher
 from pipeline.teachers.sources import Folder, TeacherParams, materialise
+from pipeline.upstream import LayersAlone
 from stages._params import read_params
 from tests.conftest import TINY_HUBERT
 from tests.distill_fixtures import EXTRACT, make_world, write_params, write_receipt
@@ -38,7 +40,7 @@ PARAMS = ExtractParams(
 ALL = Keep(layers="all", select="all")
 
 
-class Framed:
+class Framed(LayersAlone):
     """A model whose frame is its 400 samples, and so the same in any window that has them."""
 
     num_layers, width = 1, 400
@@ -157,7 +159,7 @@ def test_a_student_trains_without_what_was_skipped_and_says_so(tmp_path, monkeyp
     write_receipt(world, "hubert", 0, params=skip)
     write_params(world, train={"steps": 2, "validate_every": 2})
     ensemble = SingleTeacher(kind="single", teacher="hubert", layers=(3, 1), normalise=None)
-    start = Adopted(kind="adopted", teacher="hubert")
+    start = Adopted(kind="adopted", teacher="hubert", final_norm=False)
     targets = choose_targets(ensemble, tmp_path / "receipts", start, tmp_path / "init")
     said = []
     metrics = distil(
@@ -165,7 +167,7 @@ def test_a_student_trains_without_what_was_skipped_and_says_so(tmp_path, monkeyp
         targets,
         world.manifest,
         open_receipt(tmp_path / "receipts/waves.json"),
-        tmp_path / "init/hubert.safetensors",
+        [tmp_path / "init/hubert.safetensors"],
         tmp_path / "models/distil",
         "cpu",
         lambda *_, **__: None,

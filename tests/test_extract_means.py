@@ -12,12 +12,13 @@ from cache.names import array_name, keeps_layers, layers_of
 from cache.publish import read_json
 from cache.receipts import open_receipt
 from pipeline.blend import Blend
-from pipeline.distill.learner import StudentParams
+from pipeline.distill.settings import StudentParams
 from pipeline.distill.train import distil
 from pipeline.extract import extract
 from pipeline.extraction.settings import Keep
+from pipeline.layers.choose import choose_targets
 from pipeline.layers.ensembles import SingleTeacher
-from pipeline.layers.targets import Random, choose_targets, open_targets
+from pipeline.layers.targets import Random, open_targets
 from pipeline.logmel import LogMel, LogMelParams
 from pipeline.models import open_models
 from pipeline.student.upstream import load_student_upstream
@@ -146,7 +147,7 @@ def test_a_student_learns_from_a_mean_of_layers_over_two_teachers(world):
     waves = open_receipt(world.root / "receipts/waves.json")
     torch.manual_seed(0)
     metrics = distil(
-        settings, targets, world.manifest, waves, None, world.root / "m", "cpu", lambda *_, **__: None, lambda _: None
+        settings, targets, world.manifest, waves, [], world.root / "m", "cpu", lambda *_, **__: None, lambda _: None
     )
     assert metrics["steps"] == 2
     assert metrics["dev"]["l1"] > 0

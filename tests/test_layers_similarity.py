@@ -16,7 +16,8 @@ from cache.ragged import Store
 from cache.receipts import make_receipt, store_key, store_path
 from cache.writer import open_writer
 from pipeline.layers import similarity as module
-from pipeline.layers.groups import GroupParams, distances, group_layers
+from pipeline.layers.ensembles import GroupParams
+from pipeline.layers.groups import distances, group_layers
 from pipeline.layers.similarity import Similarity, SimilarityParams, similarity
 from stages.similarity import app
 

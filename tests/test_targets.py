@@ -4,20 +4,13 @@ from typer.testing import CliRunner
 
 from cache.errors import SettingsError, StoreError
 from cache.publish import read_json, write_json
+from pipeline.layers.choose import choose_targets
 from pipeline.layers.ensembles import SingleTeacher
-from pipeline.layers.targets import (
-    Adopted,
-    Random,
-    choose_targets,
-    open_init,
-    open_targets,
-    read_targets,
-    targets_json,
-)
+from pipeline.layers.targets import Adopted, Random, open_init, open_targets, read_targets, targets_json
 from stages.targets import app
 from tests.distill_fixtures import make_world, write_receipt
 
-HUBERT = Adopted(kind="adopted", teacher="hubert")
+HUBERT = Adopted(kind="adopted", teacher="hubert", final_norm=False)
 
 
 @pytest.fixture
@@ -91,24 +84,25 @@ def test_a_store_that_is_not_what_was_meant_is_refused(world):
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(StoreError, match="committed with"):
         open_targets(targets)
-    write_json(world.root / "targets.json", {**targets_json(targets), "format": 3})
-    with pytest.raises(StoreError, match="format 3"):
+    write_json(world.root / "targets.json", {**targets_json(targets), "format": 2})
+    with pytest.raises(StoreError, match="format 2, not targets format 3; run `decant targets` again"):
         read_targets(world.root / "targets.json")
 
 
 def test_the_start_is_the_file_that_was_chosen_or_it_is_refused(world):
     targets = choose(world)
-    assert open_init(targets, HUBERT, world.root / "init") == world.root / "init" / "hubert.safetensors"
-    assert open_init(targets, Random(kind="random"), world.root / "init") is None
+    assert open_init(targets, HUBERT, world.root / "init") == [world.root / "init" / "hubert.safetensors"]
+    with pytest.raises(StoreError, match="chosen with 1 files of weights and init asks for 0"):
+        open_init(targets, Random(kind="random"), world.root / "init")
     write_receipt(world, "hubert", seed=5)
     with pytest.raises(
         StoreError, match="is not the file that the targets were chosen with; run `decant targets` again"
     ):
         open_init(targets, HUBERT, world.root / "init")
     with pytest.raises(SettingsError, match=r"init.teacher is 'nobody' but .*init has weights of hubert; choose one"):
-        open_init(targets, Adopted(kind="adopted", teacher="nobody"), world.root / "init")
+        open_init(targets, Adopted(kind="adopted", teacher="nobody", final_norm=False), world.root / "init")
 
 
 def test_a_student_drawn_at_random_does_not_depend_on_the_weights_of_a_teacher(world):
     ensemble = SingleTeacher(kind="single", teacher="hubert", layers=(1,), normalise=None)
-    assert choose_targets(ensemble, world.root / "receipts", Random(kind="random"), world.root / "gone").init is None
+    assert choose_targets(ensemble, world.root / "receipts", Random(kind="random"), world.root / "gone").init == ()

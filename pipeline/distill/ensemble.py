@@ -1,7 +1,7 @@
 """Stored rows of all teachers of a batch in, the frames that the heads are compared with out, on the device.
 
-Rows are decoded, then normalised, then combined, all in float32. Teachers are paired frame by frame: their stores hold the
-same utterances on the same grid, so nothing has to be aligned.
+Rows are decoded, layers of a group averaged, targets normalised, teachers combined, all in float32. Teachers are paired
+frame by frame: their stores hold the same utterances on the same grid, so nothing has to be aligned.
 """
 
 from collections.abc import Sequence
@@ -51,18 +51,29 @@ class TargetMaker:
 
 
 class _Reader:
-    """Rows of one store to frames, normalised where statistics are given."""
+    """Rows of one store to frames of its targets, normalised where statistics are given."""
 
     def __init__(self, targets: StoreTargets, store: Store, device: torch.device | str) -> None:
         self._decode = Decoder(store, list(targets.arrays), device)
+        place = {array: n for n, array in enumerate(targets.arrays)}
+        self._made_of = [[place[array] for array in target] for target in targets.targets]
+        self._as_read = self._made_of == [[n] for n in range(len(place))]
         self._statistics: tuple[Tensor, Tensor] | None = None
         if targets.statistics is not None:
             mean, std = targets.statistics.mean, targets.statistics.std
             self._statistics = torch.tensor(mean, device=device)[:, None], torch.tensor(std, device=device)[:, None]
 
-    def __call__(self, rows: Shaped[Tensor, "B N T W"]) -> Float[Tensor, "B N T D"]:
-        frames = self._decode(rows)
+    def __call__(self, rows: Shaped[Tensor, "B A T W"]) -> Float[Tensor, "B N T D"]:
+        frames = self._decode(rows)  # (B, A, T, D): of every array
+        if not self._as_read:
+            frames = torch.stack([_mean([frames[:, n] for n in target]) for target in self._made_of], dim=1)
         if self._statistics is None:
             return frames
         mean, std = self._statistics  # (N, 1, D)
         return (frames - mean) / std
+
+
+def _mean(layers: Sequence[Float[Tensor, "B T D"]]) -> Float[Tensor, "B T D"]:
+    """Added one after another, as extraction does when it keeps a mean."""
+    first, *others = layers
+    return sum(others, first) / len(layers) if others else first

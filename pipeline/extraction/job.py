@@ -112,7 +112,9 @@ def plan_job(upstream: Upstream, manifest: Manifest, params: ExtractParams, keep
         "shard_rows": params.shard_frames,
     }
     left_out = tuple(u.id for u in chosen if u.id not in kept.by_id) if len(kept) < len(chosen) else ()
-    return Job(kept, left_out, tuple(kept_arrays(keep, upstream.num_layers)), header, params, device)
+    return Job(
+        kept, left_out, tuple(kept_arrays(keep, upstream.num_layers, upstream.has_projection)), header, params, device
+    )
 
 
 def check_waves(manifest: Manifest, waves: Store) -> None:

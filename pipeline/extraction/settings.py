@@ -6,7 +6,7 @@ from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 from cache.errors import SettingsError
 from cache.frames import FIELD, RATE_HZ
-from cache.names import array_name
+from cache.names import array_name, in_order
 
 
 class Calibration(BaseModel, frozen=True, extra="forbid"):
@@ -89,28 +89,40 @@ def _several(layers: tuple[int, ...]) -> tuple[int, ...]:
 LayerMean = Annotated[tuple[int, ...], AfterValidator(_several)]
 """Layers whose mean is kept, or predicted, in their place."""
 
+Layer = int | Literal["projection"] | LayerMean
+"""What an array keeps: a layer (0 is the input of the first block), the projected features before positions are added to
+them, or a mean of layers."""
+
 
 class Keep(BaseModel, frozen=True, extra="forbid"):
     """What of a model is kept."""
 
-    layers: Literal["all"] | tuple[int | LayerMean, ...]
-    """Layer indices (0 is the input of the first block), lists of them for the mean of each list, or all layers."""
+    layers: Literal["all"] | tuple[Layer, ...]
+    """Layer indices (0 is the input of the first block), lists of them for the mean of each list, `projection`; or all
+    layers, 0 to L: the projection is none of them and is named where it is wanted."""
     select: Literal["all", "labelled"]
     """All utterances, or those with a probe label."""
 
 
-def kept_arrays(keep: Keep, num_layers: int) -> list[str]:
+def kept_arrays(keep: Keep, num_layers: int, has_projection: bool) -> list[str]:
     """The names of the arrays to keep, in order.
 
     Raises:
-        SettingsError: a layer that the model does not have.
+        SettingsError: a layer, or a projection, that the model does not have.
     """
     if keep.layers == "all":
         return [array_name(layer) for layer in range(num_layers)]
     for kept in keep.layers:
+        if isinstance(kept, str):
+            if not has_projection:
+                raise SettingsError(
+                    "the model has no projection before its positions; take layer 0, the input of its first block, or "
+                    "leave projection out of keep.layers"
+                )
+            continue
         for layer in (kept,) if isinstance(kept, int) else kept:
             if not 0 <= layer < num_layers:
                 raise SettingsError(
                     f"layer {layer} is not one of the model's layers 0 to {num_layers - 1}; change keep.layers"
                 )
-    return sorted({array_name(kept) for kept in keep.layers})
+    return in_order(list({array_name(kept) for kept in keep.layers}))

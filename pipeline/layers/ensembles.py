@@ -1,7 +1,8 @@
 """Whom a student learns from: settings in, the teachers with their layers, and the groups of heads they ask for, out.
 
-One teacher, or several that are combined in one of the three ways of EKD (Huang et al. 2023): a head for every layer of
-every teacher, the average of their layers, or their layers side by side.
+One teacher, by chosen layers or by groups of layers that are much alike (SKILL), or several that are combined in one of the
+three ways of EKD (Huang et al. 2023): a head for every layer of every teacher, the average of their layers, or their layers
+side by side.
 """
 
 from typing import Annotated, Literal, NamedTuple
@@ -9,10 +10,11 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import BaseModel, Field, model_validator
 
 from cache.errors import SettingsError
-from pipeline.extraction.settings import LayerMean
+from cache.names import array_name
+from pipeline.extraction.settings import Layer
 
-Layers = Annotated[tuple[int | LayerMean, ...], Field(min_length=1)]
-"""Layers (0 is the transformer's input), or lists of those whose mean is stored."""
+Layers = Annotated[tuple[Layer, ...], Field(min_length=1)]
+"""Layers (0 is the transformer's input), `projection`, or lists of layers whose mean is stored."""
 
 
 class Channel(BaseModel, frozen=True, extra="forbid"):
@@ -98,7 +100,33 @@ class Concat(BaseModel, frozen=True, extra="forbid"):
         return self
 
 
-AnyEnsemble = SingleTeacher | Heads | Average | Concat
+class GroupParams(BaseModel, frozen=True, extra="forbid"):
+    """How layers are put together."""
+
+    num_groups: int = Field(ge=1)
+    """K: targets of the student."""
+    linkage: Literal["average", "complete", "single"]
+    """The distance of two groups: the mean, largest or smallest of the distances of their layers."""
+    contiguous: bool
+    """Only neighbours may join, so a group is a stretch of layers."""
+    leave_out: tuple[int, ...]
+    """Layers of no group, such as [0], the input of the first block."""
+
+
+class Groups(BaseModel, frozen=True, extra="forbid"):
+    """One target per group of similar layers of one teacher: the mean of its layers (SKILL, arXiv 2402.16830)."""
+
+    kind: Literal["groups"]
+    """groups: `decant targets` makes them of what `decant similarity` found."""
+    teacher: str
+    """Its name: there is a receipt NAME.json for it, and a similarity NAME.json."""
+    groups: GroupParams
+    """How layers are put together."""
+    normalise: Channel | None
+    """channel, with seconds and seed, of each mean; null leaves the means as they are, which is SKILL."""
+
+
+AnyEnsemble = SingleTeacher | Groups | Heads | Average | Concat
 Ensemble = Annotated[AnyEnsemble, Field(discriminator="kind")]
 
 
@@ -106,7 +134,8 @@ class Member(NamedTuple):
     """A teacher of any ensemble."""
 
     teacher: str
-    layers: tuple[int | tuple[int, ...], ...]
+    layers: tuple[int | Literal["projection"] | tuple[int, ...], ...]
+    """Empty where layers are grouped: only the targets say how."""
     share: float
     """Its weight over the sum of weights."""
 
@@ -124,6 +153,8 @@ def members(ensemble: AnyEnsemble) -> list[Member]:
     """The teachers in order, one store each."""
     if isinstance(ensemble, SingleTeacher):
         return [Member(ensemble.teacher, ensemble.layers, 1.0)]
+    if isinstance(ensemble, Groups):
+        return [Member(ensemble.teacher, (), 1.0)]
     weights = [t.weight if isinstance(t, WeightedTeacher) else 1.0 for t in ensemble.teachers]
     return [Member(t.teacher, t.layers, w / sum(weights)) for t, w in zip(ensemble.teachers, weights, strict=True)]
 
@@ -135,6 +166,8 @@ def head_groups(ensemble: AnyEnsemble, widths: list[int]) -> list[HeadGroup]:
         SettingsError: teachers of different widths are to be averaged.
     """
     teachers = members(ensemble)
+    if isinstance(ensemble, Groups):
+        return [HeadGroup(ensemble.groups.num_groups, widths[0], 1.0)]
     if isinstance(ensemble, SingleTeacher | Heads):
         return [HeadGroup(len(m.layers), width, m.share) for m, width in zip(teachers, widths, strict=True)]
     if isinstance(ensemble, Concat):
@@ -145,6 +178,19 @@ def head_groups(ensemble: AnyEnsemble, widths: list[int]) -> list[HeadGroup]:
             f"ensemble: {{kind: average}} needs layers of one width, and there are {named}; choose heads or concat"
         )
     return [HeadGroup(len(teachers[0].layers), widths[0], 1.0)]
+
+
+def target_names(ensemble: AnyEnsemble) -> list[str]:
+    """A name for every target, in the order of the heads, such as `hubert.layer-04`; curves have it in their columns."""
+    if isinstance(ensemble, Groups):
+        return [f"{ensemble.teacher}.group-{n + 1}" for n in range(ensemble.groups.num_groups)]
+    teachers = members(ensemble)
+    if isinstance(ensemble, SingleTeacher | Heads):
+        names = [f"{m.teacher}.{array_name(layer)}" for m in teachers for layer in m.layers]
+        # a teacher may come twice
+        return names if len(set(names)) == len(names) else [f"{n + 1}.{name}" for n, name in enumerate(names)]
+    alike = len({m.layers for m in teachers}) == 1
+    return [f"{ensemble.kind}.{array_name(layer) if alike else n + 1}" for n, layer in enumerate(teachers[0].layers)]
 
 
 def _check_numbers(teachers: tuple[Teacher, ...]) -> None:

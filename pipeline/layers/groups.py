@@ -6,29 +6,16 @@ hierarchical clustering. Similarity, linkage and number of groups are settings h
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float64
-from pydantic import BaseModel, Field
 from scipy.cluster.hierarchy import linkage
 from scipy.spatial.distance import squareform
 
 from cache.errors import SettingsError
+from pipeline.layers.ensembles import GroupParams
 from pipeline.layers.similarity import Similarity
-
-
-class GroupParams(BaseModel, frozen=True, extra="forbid"):
-    """How layers are put together."""
-
-    num_groups: int = Field(ge=1)
-    """K: targets of the student."""
-    linkage: Literal["average", "complete", "single"]
-    """The distance of two groups: the mean, largest or smallest of the distances of their layers."""
-    contiguous: bool
-    """Only neighbours may join, so a group is a stretch of layers."""
-    leave_out: tuple[int, ...]
-    """Layers of no group, such as [0], the input of the first block."""
 
 
 class LayerGroups(NamedTuple):

@@ -1,4 +1,4 @@
-"""A feature store in, mean and standard deviation of every channel of some of its layers out.
+"""A feature store in, mean and standard deviation of every channel of some of its layers, or of means of them, out.
 
 They are part of what a student reads, so the same store gives the same bits: a drawn sample is read in order, one utterance
 at a time, and only sums along time are taken, in float64, which numpy adds frame after frame on every machine.
@@ -22,7 +22,7 @@ STD_FLOOR = 0.01  # of the root mean square over channels, as for the codecs: a 
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """Of N layers of one store."""
+    """Of N targets of one store."""
 
     mean: Float32[np.ndarray, "N D"]
     std: Float32[np.ndarray, "N D"]
@@ -36,16 +36,17 @@ class Statistics:
         )
 
 
-def channel_statistics(store: Store, arrays: Sequence[str], sample: Channel) -> Statistics:
-    """Statistics of some arrays: those that the codec was fitted with, or else over a sample of the store.
+def channel_statistics(store: Store, targets: Sequence[Sequence[str]], sample: Channel) -> Statistics:
+    """Statistics of some targets, each the mean of some arrays: those that the codec of a single array was fitted with, or
+    else over a sample of the store.
 
     Raises:
         DataError: a frame of the sample is not finite.
         StoreError: a shard or a table is missing or damaged.
     """
     drawn = draw(store.rows, sample)
-    per_array = [_of_array(store, array, drawn) for array in arrays]
-    return Statistics(np.stack([mean for mean, _ in per_array]), np.stack([std for _, std in per_array]))
+    each = [_of_target(store, target, drawn) for target in targets]
+    return Statistics(np.stack([mean for mean, _ in each]), np.stack([std for _, std in each]))
 
 
 def draw(rows: Int64[np.ndarray, " U"], sample: Channel) -> list[int]:
@@ -55,18 +56,19 @@ def draw(rows: Int64[np.ndarray, " U"], sample: Channel) -> list[int]:
     return sorted(order[:enough].tolist())
 
 
-def _of_array(
-    store: Store, array: str, utterances: Sequence[int]
+def _of_target(
+    store: Store, arrays: Sequence[str], utterances: Sequence[int]
 ) -> tuple[Float32[np.ndarray, " D"], Float32[np.ndarray, " D"]]:
-    codec = store.spec(array).coding
-    tables = store.tables(array)
-    if codec.tables:
-        return tables["mean"], tables["std"]
+    codec = store.spec(arrays[0]).coding
+    tables = [store.tables(array) for array in arrays]
+    if codec.tables and len(arrays) == 1:
+        return tables[0]["mean"], tables[0]["std"]
     count, mean, squares = 0, np.zeros(store.width or 0), np.zeros(store.width or 0)
     for u in utterances:
-        frames = decode(store.read(array, u), codec, tables).astype(np.float64)
+        first, *others = (decode(store.read(array, u), codec, t) for array, t in zip(arrays, tables, strict=True))
+        frames = (sum(others, first) / len(arrays) if others else first).astype(np.float64)
         if not np.isfinite(frames).all():
-            raise DataError(f"{store.place}: {array} of {store.ids[u]} is not finite; extract it again")
+            raise DataError(f"{store.place}: {', '.join(arrays)} of {store.ids[u]} is not finite; extract it again")
         count, mean, squares = _merge(count, mean, squares, frames)
     std = np.sqrt(squares / count)
     floor = STD_FLOOR * math.sqrt(math.fsum(np.square(std).tolist()) / len(std))

@@ -1,8 +1,8 @@
-"""Targets: receipts and starting weights of all teachers in, exactly what one student reads of them out.
+"""Targets: what one student reads, as `decant targets` chose it, and where its first weights come from; written and read.
 
-The result is the firewall between extraction and training: it names stores, arrays and starting weights by their digests,
-holds the channel statistics where targets are normalised, and nothing else. So when another teacher, or a layer this
-student does not predict, is extracted anew its bytes stay and no student reruns.
+They are the firewall between extraction and training: they name stores, arrays and starting weights by their digests, say
+which arrays each target is the mean of, hold the channel statistics where targets are normalised, and nothing else. So when
+another teacher, or a layer this student does not predict, is extracted anew their bytes stay and no student reruns.
 """
 
 import base64
@@ -13,17 +13,20 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from jaxtyping import Float32
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field
 
 from cache.errors import SettingsError, StoreError
-from cache.names import array_name, layers_of
+from cache.names import PROJECTION, array_name, layers_of
 from cache.publish import digest_bytes, digest_file, read_json
 from cache.ragged import Store
 from cache.receipts import open_arrays
-from pipeline.layers.ensembles import AnyEnsemble, Member, head_groups, members
-from pipeline.layers.statistics import Statistics, channel_statistics
+from pipeline.layers.ensembles import AnyEnsemble, Average, Concat, Groups, members
+from pipeline.layers.statistics import Statistics
 
-FORMAT = 2
+FORMAT = 3
+
+TargetLayers = tuple[int | Literal["projection"], ...]
+"""The layers that a target is the mean of; usually one."""
 
 
 class Adopted(BaseModel, frozen=True, extra="forbid"):
@@ -33,6 +36,25 @@ class Adopted(BaseModel, frozen=True, extra="forbid"):
     """adopted: weights of a teacher under the student's names."""
     teacher: str
     """Whose; `decant teacher` wrote them as TEACHER.safetensors."""
+    final_norm: bool
+    """true: its last norm, too, so that all of a teacher is copied (DPHuBERT); false: that starts at 1 and 0 (DistilHuBERT)."""
+
+
+def _several(teachers: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(teachers)) < max(2, len(teachers)):
+        raise ValueError(f"{list(teachers)} has no mean: name two teachers or more, each once")
+    return teachers
+
+
+class Mean(BaseModel, frozen=True, extra="forbid"):
+    """Start from the mean of the weights of several teachers of one shape."""
+
+    kind: Literal["mean"]
+    """mean: of each weight of theirs."""
+    teachers: Annotated[tuple[str, ...], AfterValidator(_several)]
+    """Whose; `decant teacher` wrote each as TEACHER.safetensors."""
+    final_norm: bool
+    """Whether the mean of their last norms is taken, too; else that starts at 1 and 0."""
 
 
 class Random(BaseModel, frozen=True, extra="forbid"):
@@ -42,7 +64,8 @@ class Random(BaseModel, frozen=True, extra="forbid"):
     """random: every weight is drawn."""
 
 
-Init = Annotated[Adopted | Random, Field(discriminator="kind")]
+AnyInit = Adopted | Mean | Random
+Init = Annotated[AnyInit, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +76,11 @@ class StoreTargets:
     """Of the feature store."""
     width: int
     arrays: dict[str, str]
-    """Array -> digest of its shards, in the order of the heads."""
+    """Array -> digest of its shards, in the order in which they are read."""
+    targets: tuple[tuple[str, ...], ...]
+    """The arrays that each target is the mean of, in the order of the heads; usually one."""
     statistics: Statistics | None
-    """Of its channels, in the order of the arrays; None where targets are taken as they are."""
+    """Of the channels of each target, in their order; None where targets are taken as they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +91,8 @@ class Targets:
     """In the order of the teachers; a store may come twice."""
     audio: str
     """Digest of the ids and samples that all stores were made from (`Manifest.audio_digest`)."""
-    init: str | None
-    """SHA-256 of the file of the weights it starts from; None where all are drawn."""
+    init: tuple[str, ...]
+    """SHA-256 of each file of weights it starts from; none where all are drawn."""
 
     @property
     def widths(self) -> list[int]:
@@ -75,111 +100,70 @@ class Targets:
         return [store.width for store in self.stores]
 
 
-def choose_targets(ensemble: AnyEnsemble, receipts: Path, init: Adopted | Random, weights: Path) -> Targets:
-    """Find the arrays that an ensemble asks for in a folder of receipts, and the start in a folder of weights.
+def target_layers(ensemble: AnyEnsemble, targets: Targets) -> list[TargetLayers]:
+    """The teacher's layers that each target is the mean of, in the order of the heads: for students whose own layers are
+    compared with them.
 
     Raises:
-        SettingsError: no receipt or no weights of a teacher, or a layer that was not kept; the message names those
-            there are. Or teachers that cannot be combined so.
-        StoreError: a file is no receipt of features, or teachers were extracted from different audio; where statistics
-            are needed also a store that is not there.
-        DataError: statistics of frames that are not finite.
+        SettingsError: teachers are averaged or put side by side, and at one position their layers differ.
     """
-    teachers = members(ensemble)
-    found = [_read_receipt(member.teacher, receipts) for member in teachers]
-    chosen = [_choose(member, receipt) for member, receipt in zip(teachers, found, strict=True)]
-    audio = [receipt["fingerprint"]["audio"] for receipt in found]
-    for member, digest in zip(teachers, audio, strict=True):
-        if digest != audio[0]:
-            raise StoreError(
-                f"{member.teacher} was extracted from other utterances than {teachers[0].teacher}, and a student hears each "
-                "with all its teachers; extract both again with one manifest, one extract.long and keep.select: all"
-            )
-    head_groups(ensemble, [_width(arrays) for arrays in chosen])  # refuses what cannot be combined
-    stores = []
-    for receipt, arrays in zip(found, chosen, strict=True):
-        digests = {name: array["digest"] for name, array in arrays.items()}
-        statistics = None
-        if ensemble.normalise is not None:
-            with_rows = open_arrays("features", receipt["key"], digests, verify=True)
-            statistics = channel_statistics(with_rows, list(digests), ensemble.normalise)
-        stores.append(StoreTargets(receipt["key"], _width(arrays), digests, statistics))
-    start = None if isinstance(init, Random) else digest_file(weights_of(init, weights))
-    return Targets(tuple(stores), audio[0], start)
+    of_stores = [[_layers_in(target) for target in store.targets] for store in targets.stores]
+    if isinstance(ensemble, Average | Concat):
+        for n, layers in enumerate(zip(*of_stores, strict=True)):
+            if len(set(layers)) > 1:
+                named = ", ".join(
+                    f"{list(of_one)} of {m.teacher}" for of_one, m in zip(layers, members(ensemble), strict=True)
+                )
+                raise SettingsError(
+                    f"target {n + 1} is made of layers {named}: no layer of the student answers to it; list the same layers "
+                    "of every teacher, or predict all from the last one"
+                )
+        return of_stores[0]
+    return [layers for of_one in of_stores for layers in of_one]
 
 
-def _width(arrays: dict[str, Any]) -> int:
-    """Of the arrays that a receipt describes: one store has one."""
-    width: int = next(iter(arrays.values()))["width"]
-    return width
+def _layers_in(target: tuple[str, ...]) -> TargetLayers:
+    return tuple(layer for array in target for layer in layers_of(array) or (PROJECTION,))
 
 
-def _read_receipt(teacher: str, receipts: Path) -> dict[str, Any]:
-    path = receipts / f"{teacher}.json"
-    if not path.exists():
-        there = sorted(p.stem for p in receipts.glob("*.json") if p.stem != "waves")
-        raise SettingsError(
-            f"the ensemble asks for {teacher!r} but {receipts} has receipts of {', '.join(there) or 'no teacher'}; "
-            f"choose one of them, or run `decant extract {teacher}`"
-        )
-    receipt: dict[str, Any] = read_json(path)
-    if receipt.get("kind") != "features":
-        raise StoreError(f"{path} is a receipt of {receipt.get('kind')}, not of features; run `decant extract` again")
-    return receipt
-
-
-def _choose(member: Member, receipt: dict[str, Any]) -> dict[str, Any]:
-    """What a receipt says of the arrays that are asked for, in their order."""
-    teacher, layers, _ = member
-    if len(set(layers)) < len(layers):
-        raise SettingsError(f"ensemble.layers is {list(layers)}, which names a layer twice; one head per layer")
-    arrays = receipt["arrays"]
-    for wanted in layers:
-        if array_name(wanted) not in arrays:
-            kept = ", ".join(_in_words(layers_of(name)) for name in sorted(arrays))
-            raise SettingsError(
-                f"ensemble.layers asks for layer {_in_words(wanted)} of {teacher}, whose store has layers {kept}; "
-                f"choose among them, or add it to what is kept of {teacher}"
-            )
-    return {array_name(wanted): arrays[array_name(wanted)] for wanted in layers}
-
-
-def _in_words(layers: int | tuple[int, ...]) -> str:
-    """As it is written in the settings: one layer, or a list whose mean is meant."""
-    if isinstance(layers, int):
-        return str(layers)
-    return str(layers[0]) if len(layers) == 1 else str(list(layers))
-
-
-def weights_of(init: Adopted, weights: Path) -> Path:
-    """The file of the weights to adopt, in the folder that `decant teacher` writes them to.
+def weights_of(init: AnyInit, weights: Path) -> list[Path]:
+    """The files of the weights to start from, in the folder that `decant teacher` writes them to.
 
     Raises:
-        SettingsError: not there; the message names those there are.
-    """
-    path = weights / f"{init.teacher}.safetensors"
-    if not path.exists():
-        there = sorted(p.stem for p in weights.glob("*.safetensors"))
-        raise SettingsError(
-            f"init.teacher is {init.teacher!r} but {weights} has weights of {', '.join(there) or 'no teacher'}; "
-            f"choose one of them, or run `decant teacher {init.teacher}`"
-        )
-    return path
-
-
-def open_init(targets: Targets, init: Adopted | Random, weights: Path) -> Path | None:
-    """The file to start from, after checking that it is the one that was meant; None where all weights are drawn.
-
-    Raises:
-        SettingsError: not there.
-        StoreError: the targets were chosen with other weights.
+        SettingsError: one is not there; the message names those there are.
     """
     if isinstance(init, Random):
-        return None
-    path = weights_of(init, weights)
-    if digest_file(path) != targets.init:
-        raise StoreError(f"{path} is not the file that the targets were chosen with; run `decant targets` again")
-    return path
+        return []
+    named = {"teacher": (init.teacher,)} if isinstance(init, Adopted) else {"teachers": init.teachers}
+    ((field, teachers),) = named.items()
+    paths = [weights / f"{teacher}.safetensors" for teacher in teachers]
+    for teacher, path in zip(teachers, paths, strict=True):
+        if not path.exists():
+            there = sorted(p.stem for p in weights.glob("*.safetensors"))
+            raise SettingsError(
+                f"init.{field} is {teacher!r} but {weights} has weights of {', '.join(there) or 'no teacher'}; "
+                f"choose one of them, or run `decant teacher {teacher}`"
+            )
+    return paths
+
+
+def open_init(targets: Targets, init: AnyInit, weights: Path) -> list[Path]:
+    """The files to start from, after checking that they are those that were meant; none where all weights are drawn.
+
+    Raises:
+        SettingsError: one is not there.
+        StoreError: the targets were chosen with other weights.
+    """
+    paths = weights_of(init, weights)
+    if len(paths) != len(targets.init):
+        raise StoreError(
+            f"the targets were chosen with {len(targets.init)} files of weights and init asks for {len(paths)}; "
+            "run `decant targets` again"
+        )
+    for path, digest in zip(paths, targets.init, strict=True):
+        if digest_file(path) != digest:
+            raise StoreError(f"{path} is not the file that the targets were chosen with; run `decant targets` again")
+    return paths
 
 
 def targets_json(targets: Targets, numbers: bool = True) -> dict[str, Any]:
@@ -198,12 +182,13 @@ def targets_json(targets: Targets, numbers: bool = True) -> dict[str, Any]:
                 "key": store.key,
                 "width": store.width,
                 "arrays": [{"name": name, "digest": digest} for name, digest in store.arrays.items()],
+                "targets": [list(target) for target in store.targets],
                 "statistics": None if store.statistics is None else _statistics_json(store.statistics, numbers),
             }
             for store in targets.stores
         ],
         "audio": targets.audio,
-        "init": targets.init,
+        "init": list(targets.init),
     }
 
 
@@ -225,12 +210,13 @@ def read_targets(path: Path) -> Targets:
     stores = []
     for store in described["stores"]:
         arrays = {array["name"]: array["digest"] for array in store["arrays"]}
-        shape = len(arrays), store["width"]
+        made_of = tuple(tuple(target) for target in store["targets"])
+        shape = len(made_of), store["width"]
         statistics = store["statistics"] and Statistics(
             *(_read_table(path, store["statistics"][n], shape) for n in ("mean", "std"))
         )
-        stores.append(StoreTargets(store["key"], store["width"], arrays, statistics))
-    return Targets(tuple(stores), described["audio"], described["init"])
+        stores.append(StoreTargets(store["key"], store["width"], arrays, made_of, statistics))
+    return Targets(tuple(stores), described["audio"], tuple(described["init"]))
 
 
 def _read_table(path: Path, text: str, shape: tuple[int, int]) -> Float32[np.ndarray, "N D"]:
@@ -255,10 +241,13 @@ def check_targets(ensemble: AnyEnsemble, targets: Targets) -> None:
     Raises:
         StoreError: they were not.
     """
-    asked = [[array_name(layer) for layer in member.layers] for member in members(ensemble)]
-    there = [list(store.arrays) for store in targets.stores]
     normalised = {store.statistics is not None for store in targets.stores}
-    if asked != there or normalised != {ensemble.normalise is not None}:
-        raise StoreError(
-            f"the targets were chosen for another ensemble than {ensemble.kind} of these layers; run `decant targets` again"
-        )
+    if isinstance(ensemble, Groups):
+        fits = [len(store.targets) for store in targets.stores] == [ensemble.groups.num_groups]
+        asked = f"{ensemble.groups.num_groups} groups of layers"
+    else:
+        names = [[(array_name(layer),) for layer in member.layers] for member in members(ensemble)]
+        fits = names == [list(store.targets) for store in targets.stores]
+        asked = f"{ensemble.kind} of these layers"
+    if not fits or normalised != {ensemble.normalise is not None}:
+        raise StoreError(f"the targets were chosen for another ensemble than {asked}; run `decant targets` again")

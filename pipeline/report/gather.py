@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from cache.errors import StoreError
 from cache.frames import RATE_HZ
 from cache.manifest import SPLITS, Manifest, read_manifest
-from cache.names import keeps_layers
+from cache.names import PROJECTION, keeps_layers
 from cache.publish import read_json
 from pipeline.report.products import MetricsFile, ReceiptFile, ScoreFile, SimilarityFile, files, parsed
 from pipeline.tasks.labels import TASKS, whole_task
@@ -271,7 +271,7 @@ def _model(name: str, receipt: ReceiptFile, models: Path, students: dict[str, St
     return Model(
         name=name,
         kind=str(described.get("kind", "student" if student is not None else "teacher")),
-        num_layers=len(receipt.arrays),
+        num_layers=sum(name != PROJECTION for name in receipt.arrays),
         width=next(iter(receipt.arrays.values())).width or 0,
         num_params=num_params or None,
         weight_bytes=weight_bytes,

@@ -8,7 +8,8 @@ from jaxtyping import Float64
 from matplotlib.figure import Figure
 from scipy.cluster.hierarchy import dendrogram
 
-from pipeline.layers.groups import GroupParams, group_layers
+from pipeline.layers.ensembles import GroupParams
+from pipeline.layers.groups import group_layers
 from pipeline.layers.similarity import Similarity
 from pipeline.report.figures import ACCENT, INK, LOOK, MUTED, WIDTH, WINE
 from pipeline.report.products import SimilarityFile

@@ -7,7 +7,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from cache.manifest import SPLITS
-from cache.names import layers_of
+from cache.names import PROJECTION, layers_of
 from pipeline.report import wording
 from pipeline.report.gather import Model, Run
 from pipeline.report.products import ScoreFile
@@ -239,7 +239,8 @@ def stores(run: Run) -> str:
         numbers = [layers_of(name) for name in store.layers]
         single = [layers[0] for layers in numbers if len(layers) == 1]
         means = [f"mean of {_ranges(list(layers))}" for layers in numbers if len(layers) > 1]
-        layers = ", ".join([_ranges(single)] * bool(single) + means) or wording.NONE
+        first = [PROJECTION] * (PROJECTION in store.layers)
+        layers = ", ".join(first + [_ranges(single)] * bool(single) + means) or wording.NONE
         unit = "samples" if "waveforms" in store.purposes else "frames"
         rows.append(
             f'<tr><th scope="row">{escape(store.name)}</th><td>{" and ".join(store.purposes)}</td><td class="num">{layers}</td>'

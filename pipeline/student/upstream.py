@@ -12,9 +12,10 @@ from torch import Tensor
 
 from pipeline.student.checkpoint import load_student, student_digest
 from pipeline.student.encoder import count_parameters
+from pipeline.upstream import LayersAlone
 
 
-class StudentUpstream:
+class StudentUpstream(LayersAlone):
     """An encoder in evaluation mode on one device, float32 throughout."""
 
     def __init__(self, directory: Path, device: str = "cpu") -> None:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from cache.errors import StoreError
 from pipeline.teachers.families import FAMILIES, build_model
 from pipeline.teachers.grid import STORE, onto_store
-from pipeline.teachers.inputs import HEARS
+from pipeline.teachers.inputs import HEARS, Waveform
 from pipeline.teachers.pinned import Pinned, load_pinned
+from pipeline.upstream import Outputs
 
 
 class Teacher:
@@ -27,6 +28,7 @@ class Teacher:
         self.grid = FAMILIES[pinned.family].grid
         hears, self.input = HEARS[pinned.family]
         self.hear = hears(model, pinned.normalise)
+        self.has_projection = isinstance(self.hear, Waveform)  # the others add no positions: theirs is layer 0
         # eval: no dropout, no LayerDrop, no SpecAugment
         self.model = model.eval().requires_grad_(False).to(device)
 
@@ -47,22 +49,32 @@ class Teacher:
         grid = {"hop": self.grid.hop, "field": self.grid.field, "centre": self.grid.centre}
         return described | {"input": self.input, "frames": grid | {"align": self.pinned.align}}
 
-    @torch.inference_mode()
     def layers(self, waves: Float[Tensor, "B S"], samples: Int64[Tensor, " B"]) -> list[Float[Tensor, "B T D"]]:
         """Layer 0, the input of the first block, to L, the output of the last; of row b the first T(samples[b]) count.
 
         Raises:
             DataError: an utterance that is too short or too long for the model.
         """
+        return self.outputs(waves, samples).layers
+
+    @torch.inference_mode()
+    def outputs(self, waves: Float[Tensor, "B S"], samples: Int64[Tensor, " B"]) -> Outputs:
+        """The same with the projection, whose padded frames are zero.
+
+        Raises:
+            DataError: an utterance that is too short or too long for the model.
+        """
         waves, samples = waves.to(self.device), samples.to(self.device)
-        states = self.hear(waves, samples)
+        projection, states = self.hear(waves, samples)
         frames = int(self.grid.num_frames(samples).max())
         if len(states) != self.num_layers or states[-1].shape[1] < frames:
             raise StoreError(
                 f"{self.pinned.family} gave {len(states)} layers of {states[-1].shape[1]} frames where {self.num_layers} of "
                 f"{frames} are due; transformers {transformers.__version__} counts differently, install another version"
             )
-        return states if self.pinned.align is None else onto_store(states, self.grid, samples, self.pinned.align)
+        if self.pinned.align is not None:
+            return Outputs(None, onto_store(states, self.grid, samples, self.pinned.align))
+        return Outputs(projection, states)
 
 
 def load_teacher(directory: Path, device: str = "cpu") -> Teacher:

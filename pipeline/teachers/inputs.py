@@ -1,4 +1,4 @@
-"""How each family hears: padded waveforms in, its raw hidden states on its own frame grid out, the same in any batch.
+"""How each family hears: padded waveforms in, its raw states on its own frame grid out, the same in any batch.
 
 transformers reproduces fairseq, where an utterance's features depend on how far its batch was padded: the group norm of
 base models counts the zeros, data2vec's stacked position convolutions let them grow into speech, and per-utterance
@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from cache.errors import DataError
 from cache.frames import RATE_HZ
 from pipeline.padding import LengthMaskedGroupNorm, frame_mask, frames_of_samples, normalise_waves
+from pipeline.perthread import PerThread
 from pipeline.teachers.families import KERNELS, PAIRS, STRIDES, WHISPER
 from pipeline.teachers.mel import LogMel, filter_banks
+from pipeline.upstream import Outputs
 
 # WavLM's own call, a boolean padding mask beside a float bias: PyTorch adds them as meant, and says so once a process.
 warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
 
-Hear = Callable[[Tensor, Tensor], list[Tensor]]
+Hear = Callable[[Tensor, Tensor], Outputs]
 
 
 class Blocks:
@@ -32,18 +34,20 @@ class Blocks:
     """
 
     def __init__(self, blocks: Any) -> None:
-        self.states: list[Tensor] = []
-        blocks[0].register_forward_pre_hook(lambda _, args: self.states.append(args[0]))
+        self.seen = PerThread()  # states of the forward that is on its way
+        blocks[0].register_forward_pre_hook(lambda _, args: self.seen.value.append(args[0]))
         for block in blocks:
             block.register_forward_hook(
-                lambda _, args, out: self.states.append(out if isinstance(out, Tensor) else out[0])
+                lambda _, args, out: self.seen.value.append(out if isinstance(out, Tensor) else out[0])
             )
 
     def states_of(self, forward: Callable[[], Any]) -> list[Float[Tensor, "B T D"]]:
         """Run a forward and take its states; none is kept here, where it would hold a batch's memory."""
-        self.states.clear()  # of a forward that did not come to its end
-        forward()
-        states, self.states[:] = [*self.states], []
+        states = self.seen.value = list[Tensor]()
+        try:
+            forward()
+        finally:
+            self.seen.value = None
         return states
 
 
@@ -52,7 +56,9 @@ class Waveform:
 
     def __init__(self, model: Any, normalise: bool) -> None:
         self.model, self.normalise, self.blocks = model, normalise, Blocks(model.encoder.layers)
-        self.samples: Tensor | None = None
+        self.samples = PerThread()  # of the batch that is on its way
+        self.projected = PerThread()
+        model.feature_projection.register_forward_hook(self._take_projection)
         self.norm: LengthMaskedGroupNorm | None = None
         first = model.feature_extractor.conv_layers[0]
         if isinstance(getattr(first, "layer_norm", None), nn.GroupNorm):
@@ -63,18 +69,24 @@ class Waveform:
         for layer in getattr(model.encoder.pos_conv_embed, "layers", ()):
             layer.register_forward_hook(self._silence_padding)
 
-    def __call__(self, waves: Float[Tensor, "B S"], samples: Int64[Tensor, " B"]) -> list[Float[Tensor, "B T D"]]:
-        """Input of the first block, and output of each."""
+    def __call__(self, waves: Float[Tensor, "B S"], samples: Int64[Tensor, " B"]) -> Outputs:
+        """Projected features, input of the first block, and output of each."""
         valid = frame_mask(samples, waves.shape[1])
         waves = normalise_waves(waves, samples) if self.normalise else waves.masked_fill(~valid, 0.0)
-        self.samples = samples
+        self.samples.value = samples
         if self.norm is not None:
             self.norm.valid = (samples - KERNELS[0]).div(STRIDES[0], rounding_mode="floor") + 1
-        return self.blocks.states_of(lambda: self.model(waves, attention_mask=valid.long()))
+        states = self.blocks.states_of(lambda: self.model(waves, attention_mask=valid.long()))
+        projection, self.projected.value = self.projected.value, None
+        frames = frame_mask(frames_of_samples(samples), projection.shape[1])
+        return Outputs(projection.masked_fill(~frames[..., None], 0.0), states)
+
+    def _take_projection(self, _: nn.Module, args: Any, out: Any) -> None:
+        self.projected.value = out if isinstance(out, Tensor) else out[0]
 
     def _silence_padding(self, _: nn.Module, args: Any, out: Float[Tensor, "B D T"]) -> Float[Tensor, "B D T"]:
-        assert self.samples is not None
-        return out.masked_fill(~frame_mask(frames_of_samples(self.samples), out.shape[2])[:, None], 0.0)
+        samples = self.samples.value
+        return out.masked_fill(~frame_mask(frames_of_samples(samples), out.shape[2])[:, None], 0.0)
 
 
 class FilterBanks:
@@ -83,7 +95,7 @@ class FilterBanks:
     def __init__(self, model: Any, normalise: bool) -> None:
         self.model, self.blocks = model, Blocks(model.encoder.layers)
 
-    def __call__(self, waves: Float[Tensor, "B S"], samples: Int64[Tensor, " B"]) -> list[Float[Tensor, "B T D"]]:
+    def __call__(self, waves: Float[Tensor, "B S"], samples: Int64[Tensor, " B"]) -> Outputs:
         """Input of the first block, and output of each.
 
         Raises:
@@ -96,7 +108,7 @@ class FilterBanks:
             )
         banks = filter_banks(waves, samples, 80)
         mask = frame_mask(PAIRS.num_frames(samples), banks.shape[1])
-        return self.blocks.states_of(lambda: self.model(banks, attention_mask=mask.long()))
+        return Outputs(None, self.blocks.states_of(lambda: self.model(banks, attention_mask=mask.long())))
 
 
 class Window:
@@ -110,7 +122,7 @@ class Window:
         self.longest = model.config.max_source_positions * WHISPER.hop  # samples: 30 s
         self.log_mel = LogMel(model.config.num_mel_bins, self.longest)
 
-    def __call__(self, waves: Float[Tensor, "B S"], samples: Int64[Tensor, " B"]) -> list[Float[Tensor, "B T D"]]:
+    def __call__(self, waves: Float[Tensor, "B S"], samples: Int64[Tensor, " B"]) -> Outputs:
         """Input of the first block, and output of each before the final norm.
 
         Raises:
@@ -123,7 +135,7 @@ class Window:
             )
         spectrum = self.log_mel.to(waves.device)(waves, samples)
         frames = int(WHISPER.num_frames(samples).max())
-        return [state[:, :frames] for state in self.blocks.states_of(lambda: self.model(spectrum))]
+        return Outputs(None, [state[:, :frames] for state in self.blocks.states_of(lambda: self.model(spectrum))])
 
 
 HEARS: dict[str, tuple[Callable[[Any, bool], Hear], str]] = {  # and what `describe` calls it
