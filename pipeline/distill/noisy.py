@@ -19,7 +19,7 @@ from cache.ragged import Store
 from pipeline.distortion.distort import Distorter, Distortion
 from pipeline.padding import INT16_SCALE
 
-LOUDEST = 32_767  # of int16
+INT16 = np.iinfo(np.int16)
 OF_NOISE = 1  # the last word of the generator's seed: other draws of a batch have another
 
 
@@ -100,7 +100,7 @@ def as_int16(wave: Float[Tensor, " S"]) -> Int16[np.ndarray, " S"]:
     Clipping it would be another distortion, and change the ratio of signal to noise that was asked for.
     """
     samples = wave.double().numpy() / INT16_SCALE
-    peak = np.abs(samples).max()
-    if peak > LOUDEST:
-        samples *= LOUDEST / peak
+    over = max(samples.max() / INT16.max, samples.min() / INT16.min)
+    if over > 1:
+        samples /= over
     return np.rint(samples).astype(np.int16)
