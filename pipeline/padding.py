@@ -26,6 +26,14 @@ def pad_waves(waves: Sequence[Int16[np.ndarray, " _"]]) -> tuple[Float[Tensor, "
     return out, samples
 
 
+def bucket_samples(longest: int, bucket: int) -> int:
+    """Samples to pad a batch to, at least `longest`: a multiple of `bucket`, so that batches have few lengths.
+
+    A compiled encoder is compiled once per length it has not seen.
+    """
+    return -(-longest // bucket) * bucket
+
+
 def frame_mask(counts: Int64[Tensor, " B"], num: int) -> Bool[Tensor, "B T"]:
     """True at the first `counts[b]` of `num` positions."""
     return torch.arange(num, device=counts.device)[None, :] < counts[:, None]
@@ -59,12 +67,17 @@ class LengthMaskedGroupNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
         self.valid: Int64[Tensor, " B"] | None = None
 
-    def forward(self, x: Float[Tensor, "B C T"]) -> Float[Tensor, "B C T"]:
-        """Normalise each channel of each row by its mean and variance over the valid positions."""
-        if self.valid is None or bool((self.valid == x.shape[2]).all()):
+    def forward(self, x: Float[Tensor, "B C T"], counts: Int64[Tensor, " B"] | None = None) -> Float[Tensor, "B C T"]:
+        """Normalise each channel of each row by its mean and variance over the valid positions.
+
+        `counts` are the valid positions of each row where the caller hands them over instead of setting `valid`.
+        """
+        valid = self.valid if counts is None else counts
+        # a compiled graph has no branch that depends on numbers, and needs none: both give the same up to rounding
+        if valid is None or (not torch.compiler.is_compiling() and bool((valid == x.shape[2]).all())):
             return nn.functional.group_norm(x, x.shape[1], self.weight, self.bias, self.eps)
-        mask = frame_mask(self.valid, x.shape[2])[:, None].to(x.dtype)  # (B, 1, T)
-        count = self.valid[:, None, None].to(x.dtype)
+        mask = frame_mask(valid, x.shape[2])[:, None].to(x.dtype)  # (B, 1, T)
+        count = valid[:, None, None].to(x.dtype)
         mean = (x * mask).sum(2, keepdim=True) / count
         centred = (x - mean) * mask
         variance = centred.square().sum(2, keepdim=True) / count

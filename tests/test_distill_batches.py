@@ -241,7 +241,7 @@ def test_the_student_gives_a_frame_for_every_target_of_a_batch(world):
     for items in plan_epoch(world.manifest.samples, Aligned(kind="aligned", max_seconds=0.4), 3.0, 0, 1):
         batch = reader.read(items)
         with torch.no_grad():
-            assert encoder(batch.waves.float() / 32_768, batch.samples)[-1].shape[1] == batch.targets[0].shape[2]
+            assert encoder(batch.waves.float() / 32_768, batch.samples).hidden[-1].shape[1] == batch.targets[0].shape[2]
 
 
 def test_whole_utterances_under_the_teachers_own_weights_give_back_the_stored_targets(world):

@@ -17,14 +17,20 @@ from tests.conftest import TINY_HUBERT
 NO_DROPOUT = DropoutRates(features=0.0, hidden=0.0, attention=0.0, activation=0.0)
 TINY = EncoderShape(
     conv_channels=(8, 8, 8, 8, 8, 8, 12),
+    conv_spans=None,
     conv_bias=False,
     front_norm="group",
     feature_norm=True,
+    feature_norm_width=None,
+    feature_scale=False,
     normalise=False,
     width=24,
     heads=(3, 3, 3),
     head_width=8,
     ffn=(40, 40, 40),
+    position_bias=None,
+    kept_heads=None,
+    shares_attention=None,
     position_kernel=16,
     position_groups=4,
     pre_norm=False,
@@ -89,8 +95,8 @@ def test_hidden_states_equal_those_of_transformers(tmp_path, family, front):
         got = encoder(waves, samples)
         torch.testing.assert_close(encoder.read_out(got), output.last_hidden_state, rtol=0, atol=1e-5)
     expected = output.hidden_states
-    assert len(got) == len(expected) == 4
-    for ours, theirs in zip(got, expected, strict=True):
+    assert len(got.hidden) == len(expected) == 4
+    for ours, theirs in zip(got.hidden, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
@@ -105,7 +111,7 @@ def test_block_outputs_equal_those_of_torchaudio(tmp_path, front):
     with torch.no_grad():
         expected, _ = reference.extract_features(waves)
         got = adopted_encoder(tmp_path)(waves, samples)
-    for ours, theirs in zip(got[1:], expected, strict=True):  # outputs of blocks 1 to L
+    for ours, theirs in zip(got.hidden[1:], expected, strict=True):  # outputs of blocks 1 to L
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
@@ -122,9 +128,9 @@ def test_an_utterance_has_the_same_states_alone_and_in_a_padded_batch(front):
         torch.arange(waves.shape[1]) >= samples[:, None]
     )  # padding must not matter, whatever it is
     with torch.no_grad():
-        together = encoder(poisoned, samples)
+        together = encoder(poisoned, samples).hidden
         for row, length in enumerate(samples.tolist()):
-            alone = encoder(waves[row : row + 1, :length], samples[row : row + 1])
+            alone = encoder(waves[row : row + 1, :length], samples[row : row + 1]).hidden
             frames = (length - 400) // 320 + 1
             for one, many in zip(alone, together, strict=True):
                 assert one.shape[1] == frames
@@ -145,7 +151,7 @@ def test_blocks_may_differ_in_heads_and_ffn():
     assert encoder.blocks[1].attention.query.weight.shape == (8, 24)
     assert encoder.blocks[2].ffn_up.weight.shape == (17, 24)
     waves, samples = noise(4_000)
-    assert [tuple(s.shape) for s in encoder(waves, samples)] == [(1, 12, 24)] * 4
+    assert [tuple(s.shape) for s in encoder(waves, samples).hidden] == [(1, 12, 24)] * 4
 
 
 def test_the_gradient_of_the_convolutions_alone_is_scaled():
@@ -154,7 +160,7 @@ def test_the_gradient_of_the_convolutions_alone_is_scaled():
     for factor in (1.0, 0.1):
         encoder = Encoder(TINY, feature_grad_mult=factor)
         initialise(encoder, torch.Generator().manual_seed(0))
-        encoder(waves, samples)[-1].square().sum().backward()
+        encoder(waves, samples).hidden[-1].square().sum().backward()
         gradients.append({name: p.grad for name, p in encoder.named_parameters()})
     for name, whole in gradients[0].items():
         factor = 0.1 if name.startswith("front.") else 1.0
@@ -271,7 +277,7 @@ def test_a_saved_student_comes_back_and_serves_as_an_upstream(tmp_path):
     upstream = load_student_upstream(tmp_path / "a")
     waves, samples = noise(4_000, 2_000)
     with torch.no_grad():
-        expected = student.eval()(waves, samples)
+        expected = student.eval()(waves, samples).hidden
     assert (upstream.num_layers, upstream.width) == (4, 24)
     for ours, theirs in zip(upstream.layers(waves, samples), expected, strict=True):
         assert torch.equal(ours, theirs)
@@ -292,9 +298,9 @@ def test_dropout_is_for_training_only():
     rates = DropoutRates(features=0.5, hidden=0.5, attention=0.5, activation=0.5)
     encoder = Encoder(TINY.model_copy(update={"dropout": rates}))
     waves, samples = noise(4_000)
-    assert not torch.equal(encoder(waves, samples)[-1], encoder(waves, samples)[-1])
+    assert not torch.equal(encoder(waves, samples).hidden[-1], encoder(waves, samples).hidden[-1])
     encoder.eval()
-    assert torch.equal(encoder(waves, samples)[-1], encoder(waves, samples)[-1])
+    assert torch.equal(encoder(waves, samples).hidden[-1], encoder(waves, samples).hidden[-1])
     assert isinstance(encoder.feature_dropout, nn.Dropout)
 
 
@@ -306,8 +312,8 @@ def test_bfloat16_autocast_stays_near_float32_and_keeps_norms_in_float32():
     seen = []
     encoder.front[0].norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
     with torch.no_grad():
-        exact = encoder(waves, samples)[-1]
+        exact = encoder(waves, samples).hidden[-1]
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            rough = encoder(waves, samples)[-1]
+            rough = encoder(waves, samples).hidden[-1]
     assert seen == [torch.float32, torch.float32]
     assert float((rough[0, :26] - exact[0, :26]).norm() / exact[0, :26].norm()) < 0.05

@@ -12,16 +12,17 @@ from torch import Tensor
 
 from pipeline.student.checkpoint import load_student, student_digest
 from pipeline.student.encoder import count_parameters
-from pipeline.upstream import LayersAlone
+from pipeline.upstream import Outputs
 
 
-class StudentUpstream(LayersAlone):
+class StudentUpstream:
     """An encoder in evaluation mode on one device, float32 throughout."""
 
     def __init__(self, directory: Path, device: str = "cpu") -> None:
         self.device = torch.device(device)
         self.encoder = load_student(directory).to(self.device)
         self.digest = student_digest(directory)
+        self.has_projection = True
 
     @property
     def num_layers(self) -> int:
@@ -46,10 +47,14 @@ class StudentUpstream(LayersAlone):
             "attention": "sdpa",
         }
 
-    @torch.inference_mode()
     def layers(self, waves: Float[Tensor, "B S"], samples: Int64[Tensor, " B"]) -> list[Float[Tensor, "B T D"]]:
         """Hidden states 0 to L; the same for an utterance in any batch."""
-        return self.encoder(waves.to(self.device), samples.to(self.device))
+        return self.outputs(waves, samples).layers
+
+    @torch.inference_mode()
+    def outputs(self, waves: Float[Tensor, "B S"], samples: Int64[Tensor, " B"]) -> Outputs:
+        """The same with the projection."""
+        return Outputs(*self.encoder(waves.to(self.device), samples.to(self.device)))
 
 
 def load_student_upstream(directory: Path, device: str = "cpu") -> StudentUpstream:
