@@ -251,7 +251,7 @@ def test_whole_utterances_under_the_teachers_own_weights_give_back_the_stored_ta
     teacher = load_student(world.root / "teachers/hubert")
     batch = reader.read([Item(u, None) for u in range(len(world.manifest))])
     with torch.no_grad():
-        states = teacher(batch.waves.float() / 32_768, batch.samples)
+        states = teacher(batch.waves.float() / 32_768, batch.samples).hidden
     for row, count in enumerate(batch.frames.tolist()):
         stored = batch.targets[0][row, :, :count].float()
         live = torch.stack([states[3][row, :count], states[1][row, :count]])

@@ -378,7 +378,7 @@ def test_the_command_pins_a_family_no_student_can_start_from_and_says_so_when_on
     assert done.exit_code == 0, done.output
     assert f"teacher t: {MODELS[name][0]}" in done.output
     with pytest.raises(SettingsError, match="which the student's shape asks for; .*init to {kind: random}"):
-        copy_adopted(Encoder(TINY_STUDENT), init)
+        copy_adopted(Encoder(TINY_STUDENT), [init], final_norm=False)
 
 
 def test_whisper_base_opens_from_the_configuration_it_was_published_with():

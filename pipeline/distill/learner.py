@@ -134,7 +134,7 @@ class Learner(nn.Module):
         if isinstance(params.init, Adopted):
             if init is None:
                 raise SettingsError("init is {kind: adopted}, which needs the teacher's weights: pass --init data/init")
-            copy_adopted(self.encoder, init)
+            copy_adopted(self.encoder, [init], final_norm=False)
         self.to(self.device)
         self.optimizer = make_optimizer([self.encoder, self.heads], params.train.weight_decay)
         torch.manual_seed(params.seed)  # from here on dropout alone draws from it

@@ -5,6 +5,7 @@ accounted for: renamed, left out for a reason given here, or an error.
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from cache.errors import SettingsError, StoreError
 from cache.publish import read_json
 from pipeline.student.encoder import Encoder
-from pipeline.student.shape import KERNELS, STRIDES, DropoutRates, EncoderShape
+from pipeline.student.shape import KERNELS, STRIDES, DropoutRates, EncoderShape, PositionBias
 
 FAMILIES = ("hubert", "wav2vec2", "wavlm")
 
@@ -34,17 +35,16 @@ RENAMED = [
     (r"encoder\.layers\.(\d+)\.attention\.k_proj\.", r"blocks.\1.attention.key."),
     (r"encoder\.layers\.(\d+)\.attention\.v_proj\.", r"blocks.\1.attention.value."),
     (r"encoder\.layers\.(\d+)\.attention\.out_proj\.", r"blocks.\1.attention.out."),
+    (r"encoder\.layers\.0\.attention\.rel_attn_embed\.weight$", "position_bias.table"),
+    (r"encoder\.layers\.(\d+)\.attention\.gru_rel_pos_linear\.", r"blocks.\1.attention.gate."),
+    (r"encoder\.layers\.(\d+)\.attention\.gru_rel_pos_const$", r"blocks.\1.attention.gate_scale"),
     (r"encoder\.layers\.(\d+)\.layer_norm\.", r"blocks.\1.attention_norm."),
     (r"encoder\.layers\.(\d+)\.feed_forward\.intermediate_dense\.", r"blocks.\1.ffn_up."),
     (r"encoder\.layers\.(\d+)\.feed_forward\.output_dense\.", r"blocks.\1.ffn_down."),
     (r"encoder\.layers\.(\d+)\.final_layer_norm\.", r"blocks.\1.ffn_norm."),
 ]
 
-LEFT_OUT = re.compile(
-    r"masked_spec_embed$"  # stands in for masked frames in pretraining only
-    # WavLM's gated relative bias: students attend without it, as RobustDistiller does when it copies WavLM's layers
-    r"|encoder\.layers\.\d+\.attention\.(gru_rel_pos_const$|gru_rel_pos_linear\.|rel_attn_embed\.)"
-)
+LEFT_OUT = re.compile(r"masked_spec_embed$")  # stands in for masked frames in pretraining only
 
 HEADS = re.compile(  # of HubertForCTC and its like, beside the trunk
     r"(lm_head|quantizer|project_q|project_hid|projector|classifier|layer_weights|tdnn|objective|feature_extractor"
@@ -68,6 +68,7 @@ def adopt(teacher_dir: Path) -> dict[str, Tensor]:
     for key, tensor in weights.items():
         name = _rename(key.removeprefix(prefix)) if key.startswith(prefix) else None
         if name is not None:
+            tensor = tensor.flatten() if name.endswith(".gate_scale") else tensor  # (1, H, 1, 1) -> (H,)
             adopted[name] = tensor.float().contiguous()
         elif not LEFT_OUT.match(key.removeprefix(prefix)) and not (prefix and HEADS.match(key)):
             unknown.append(key)
@@ -120,7 +121,11 @@ def read_shape(teacher_dir: Path, normalise: bool = False) -> EncoderShape:
         heads=(heads,) * blocks,
         head_width=config["hidden_size"] // heads,
         ffn=(config["intermediate_size"],) * blocks,
-        position_bias=None,
+        position_bias=PositionBias(
+            buckets=config["num_buckets"], max_distance=config["max_bucket_distance"], heads=heads
+        )
+        if family == "wavlm"
+        else None,
         kept_heads=None,
         shares_attention=None,
         position_kernel=config["num_conv_pos_embeddings"],
@@ -136,31 +141,48 @@ def read_shape(teacher_dir: Path, normalise: bool = False) -> EncoderShape:
 
 
 @torch.no_grad()
-def copy_adopted(encoder: Encoder, init_file: Path) -> None:
-    """Copy an adopted trunk into a student: its convolutions, projection, positions and first blocks.
+def copy_adopted(encoder: Encoder, files: Sequence[Path], final_norm: bool) -> None:
+    """Copy an adopted trunk, or the mean of several, into a student: its front, projection, positions and first blocks.
 
-    Not copied: the encoder's own norm, which starts at 1 and 0 as in DistilHuBERT, and what the student's shape leaves
-    out, which is the feature norm or the later blocks.
+    A student takes what its shape has a place for. Without `feature_norm` it leaves that norm out, with fewer blocks the
+    later ones; without `position_bias` a WavLM's blocks lose their relative bias and attend without it, as in
+    RobustDistiller; a block that shares an attention map has no use for its queries and keys.
+
+    Args:
+        encoder: the student, whose weights are overwritten.
+        files: what `adopt` gave, as safetensors. Several are averaged tensor by tensor in float64 and rounded once.
+        final_norm: whether the encoder's own norm comes along (DPHuBERT's full copy) or stays as it is (DistilHuBERT,
+            where it starts at 1 and 0).
 
     Raises:
-        SettingsError: a tensor of the student is not in the file or has another shape there.
-        StoreError: the file is missing or damaged.
+        SettingsError: a tensor of the student is not in a file or has another shape there.
+        StoreError: a file is missing or damaged.
     """
-    adopted = _read_weights(Path(init_file))
-    for name, tensor in encoder.state_dict().items():
-        if name.startswith("norm."):
+    adopted = [(file, _read_weights(Path(file))) for file in files]
+    student = encoder.state_dict()
+    for name, tensor in student.items():
+        if name.startswith("norm.") and not final_norm:
             continue
-        remedy = "change the student's shape, or its init to {kind: random}"
-        if name not in adopted:
-            raise SettingsError(f"{init_file} has no {name}, which the student's shape asks for; {remedy}")
-        if adopted[name].shape != tensor.shape:
-            there, here = tuple(adopted[name].shape), tuple(tensor.shape)
-            raise SettingsError(f"{name} is {there} in {init_file} but {here} by the student's shape; {remedy}")
-        tensor.copy_(adopted[name])
-    if unused := [
-        n for n in adopted if n not in encoder.state_dict() and not n.startswith(("blocks.", "feature_norm."))
-    ]:
-        raise SettingsError(f"{init_file} has {_listed(unused)}, which the student's shape has no place for")
+        if name == "feature_scale" and all(name not in weights for _, weights in adopted):
+            continue  # of a pruned student alone; 1 elsewhere
+        total = torch.zeros(tensor.shape, dtype=torch.float64)
+        for file, weights in adopted:
+            _check_fits(file, weights, name, tensor)
+            total += weights[name]
+        tensor.copy_(total / len(adopted))
+    for file, weights in adopted:
+        spare = ("blocks.", "feature_norm.", "position_bias.")
+        if unused := [name for name in weights if name not in student and not name.startswith(spare)]:
+            raise SettingsError(f"{file} has {_listed(unused)}, which the student's shape has no place for")
+
+
+def _check_fits(file: Path, weights: dict[str, Tensor], name: str, tensor: Tensor) -> None:
+    remedy = "change the student's shape, or its init to {kind: random}"
+    if name not in weights:
+        raise SettingsError(f"{file} has no {name}, which the student's shape asks for; {remedy}")
+    if weights[name].shape != tensor.shape:
+        there, here = tuple(weights[name].shape), tuple(tensor.shape)
+        raise SettingsError(f"{name} is {there} in {file} but {here} by the student's shape; {remedy}")
 
 
 def _rename(key: str) -> str | None:
