@@ -41,13 +41,15 @@ from pipeline.calibrate import fit_tables
 from pipeline.codecs import Decoder, encode, to_device
 from pipeline.devices import choose_device
 from pipeline.distill.batches import BatchReader
+from pipeline.distill.build import first_learner, target_names
 from pipeline.distill.ensemble import TargetMaker
-from pipeline.distill.learner import Learner, StudentParams
 from pipeline.distill.plan import plan_epoch
+from pipeline.distill.settings import StudentParams
 from pipeline.distill.train import distil
 from pipeline.extract import extract
 from pipeline.extraction.settings import ExtractParams, Keep
-from pipeline.layers.targets import choose_targets, open_init, open_targets
+from pipeline.layers.choose import choose_targets
+from pipeline.layers.targets import open_init, open_targets
 from pipeline.student.upstream import load_student_upstream
 from pipeline.tasks.features import pool
 from pipeline.tasks.labels import labelled_splits, task_named
@@ -146,12 +148,12 @@ def train(project: Project, receipts: Path, exact: Path, out: Path, seed: int) -
     start = open_init(targets, student.init, project.init)
     distil(student, targets, project.manifest, project.waves, start, out, device, nothing, nothing)
     stores, dev = open_targets(truth), project.manifest.select(split="dev")
-    learner = Learner(student, truth, start, device, TargetMaker(student.ensemble, truth, stores, device))
+    learner = first_learner(student, truth, start, device, TargetMaker(student.ensemble, truth, stores, device))
     learner.encoder.load_state_dict(load_file(out / "weights.safetensors"))
-    learner.heads[0].load_state_dict(load_file(out / "heads.safetensors"))
+    learner.predictor.groups[0].load_state_dict(load_file(out / "heads.safetensors"))
     reader = BatchReader(dev, project.waves, stores, [list(truth.stores[0].arrays)])
     plan = plan_epoch(dev.samples, student.train.crop, student.train.batch_seconds, seed, 0)
-    terms = learner.evaluate(map(reader.read, plan))
+    terms = learner.evaluate(map(reader.read_clean, plan), target_names(student.ensemble, truth))
     splits = labelled_splits(project.manifest, task_named(project.task))
     params = project.extract.model_copy(update={"codec": "float32"})
     keep = Keep(layers="all", select="labelled")

@@ -9,11 +9,15 @@ PLAIN_SECONDS = 10.0  # seconds between lines where there is no terminal
 
 
 @contextmanager
-def progress(title: str, total: float, unit: str) -> Iterator[Callable[..., None]]:
+def progress(title: str, total: float, unit: str, quiet: bool = False) -> Iterator[Callable[..., None]]:
     """Give `tick(amount, note="", found=False)`: `amount` of `total` more is done, or was found done by an earlier run.
 
-    On a terminal a bar with rate and time left; otherwise a line every ten seconds and one at the end.
+    On a terminal a bar with rate and time left; otherwise a line every ten seconds and one at the end. `quiet` for all but
+    one of several processes that do the same work.
     """
+    if quiet:
+        yield lambda *_, **__: None
+        return
     if sys.stdout.isatty():
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 

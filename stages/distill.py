@@ -26,30 +26,35 @@ def main(
     from cache.manifest import read_manifest
     from cache.receipts import open_receipt
     from pipeline.devices import choose_device
-    from pipeline.distill.learner import StudentParams
+    from pipeline.distill.settings import StudentParams, phases_of
     from pipeline.distill.train import distil
+    from pipeline.distill.world import join_world
     from pipeline.layers.targets import open_init, read_targets
     from stages._params import read_params
     from stages._progress import progress
 
     settings: StudentParams = read_params(f"students.{name}", StudentParams, params)
     chosen, utterances, store = read_targets(targets), read_manifest(manifest), open_receipt(waves, verify)
-    place = choose_device(device)
+    place, steps = choose_device(device), sum(phase.steps for phase in phases_of(settings))
+    with join_world(place) as (world, own):
 
-    def say(line: str) -> None:
-        print(f"distill {name}: {line}", flush=True)
+        def say(line: str) -> None:
+            if world.leads:
+                print(f"distill {name}: {line}", flush=True)
 
-    if settings.train.precision == "bfloat16" and not place.startswith("cuda"):
-        say("bfloat16 is for GPUs: this run computes in float32")
-    try:
-        start = open_init(chosen, settings.init, init)
-        with progress(f"distill {name}", total=settings.train.steps, unit="steps") as tick:
-            metrics = distil(settings, chosen, utterances, store, start, out, place, tick, say, readers, verify)
-    except SettingsError as error:
-        raise SettingsError(f"{params}: students.{name}: {error}") from error
-    dev = metrics["dev"]
-    ending = f"dev l1 {dev['l1']:.4f}, cosine {dev['cosine']:.4f}" if dev else "not validated"
-    say(f"{metrics['parameters']['student']:,} parameters after {metrics['steps']} steps: {ending}")
+        if settings.train.precision == "bfloat16" and not place.startswith("cuda"):
+            say("bfloat16 is for GPUs: this run computes in float32")
+        try:
+            start = open_init(chosen, settings.init, init)
+            with progress(f"distill {name}", steps, "steps", quiet=not world.leads) as tick:
+                metrics = distil(
+                    *(settings, chosen, utterances, store, start, out, own, tick, say, readers, verify), world=world
+                )
+        except SettingsError as error:
+            raise SettingsError(f"{params}: students.{name}: {error}") from error
+        dev = metrics["dev"]
+        ending = f"dev l1 {dev['l1']:.4f}, cosine {dev['cosine']:.4f}" if dev else "not validated"
+        say(f"{metrics['parameters']['student']:,} parameters after {metrics['steps']} steps: {ending}")
 
 
 if __name__ == "__main__":

@@ -46,11 +46,15 @@ SHAPE: dict[str, Any] = {
 }
 STUDENT: dict[str, Any] = {
     "ensemble": {"kind": "single", "teacher": "hubert", "layers": [3, 1], "normalise": None},
-    "init": {"kind": "adopted", "teacher": "hubert"},
+    "init": {"kind": "adopted", "teacher": "hubert", "final_norm": False},
     "shape": {**SHAPE, "feature_norm": False, "heads": [2, 2], "ffn": [24, 24]},
+    "predict": {"kind": "last"},
+    "prune": None,
+    "augment": None,
     "train": {
         "steps": 12,
         "batch_seconds": 2.0,
+        "accumulate": 1,
         "crop": {"kind": "aligned", "max_seconds": 0.7},
         "shuffle": {"kind": "everywhere"},
         "learning_rate": 0.002,
@@ -62,10 +66,14 @@ STUDENT: dict[str, Any] = {
         "l2_weight": 0.0,
         "cosine_weight": 1.0,
         "cosine": "log_sigmoid",
+        "target_weights": None,
         "precision": "float32",
+        "compile_seconds": None,
         "log_every": 3,
         "validate_every": 5,
         "checkpoint_every": 2,
+        "keep": 0,
+        "publish": "last",
     },
     "seed": 3,
 }
@@ -112,7 +120,7 @@ class World:
 
 STOP_BEFORE = """
 import signal, sys
-import pipeline.distill.train as module
+import pipeline.distill.loop as module
 from stages.distill import app
 save = module.save_state
 def stopping(directory, progress, *rest):

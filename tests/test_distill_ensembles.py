@@ -17,9 +17,10 @@ from cache.manifest import Manifest
 from cache.publish import read_json, write_json
 from cache.receipts import open_receipt
 from pipeline.distill.batches import BatchReader
+from pipeline.distill.build import first_learner
 from pipeline.distill.ensemble import TargetMaker
-from pipeline.distill.learner import Learner, StudentParams
-from pipeline.distill.plan import Aligned, Item, plan_epoch
+from pipeline.distill.plan import Aligned, Item, Planned, plan_epoch
+from pipeline.distill.settings import StudentParams
 from pipeline.distill.train import distil
 from pipeline.extraction.settings import Skip
 from pipeline.layers.targets import open_targets, targets_json
@@ -28,6 +29,7 @@ from tests.distill_fixtures import EXTRACT, STOP_BEFORE, make_world, relabelled,
 from tests.distill_fixtures import write_receipt as run_teacher
 from tests.ensemble_fixtures import BOTH, MIXED, PAIRED, SAMPLE, choose, make_teachers, several, single
 
+WEIGHTS = ("heads.safetensors", "weights.safetensors")
 FILES = ("curves.csv", "heads.safetensors", "metrics.json", "weights.safetensors")
 
 
@@ -68,7 +70,7 @@ def train(world, ensemble, out, said=None, **settings):
     waves = open_receipt(world.root / "receipts/waves.json")
     say = (lambda _: None) if said is None else said.append
     folder = world.root / out
-    distil(params, choose(world, ensemble), world.manifest, waves, None, folder, "cpu", lambda *_, **__: None, say)
+    distil(params, choose(world, ensemble), world.manifest, waves, [], folder, "cpu", lambda *_, **__: None, say)
     return {name: (folder / name).read_bytes() for name in FILES}
 
 
@@ -116,13 +118,13 @@ def test_the_loss_of_an_ensemble_is_its_equation_in_float64(world, kind, teacher
     params = params_of(world, ensemble, cosine=form, l1_weight=0.7, l2_weight=0.3, cosine_weight=2.0)
     targets = choose(world, ensemble)
     stores = open_targets(targets)
-    learner = Learner(params, targets, None, "cpu", TargetMaker(params.ensemble, targets, stores, "cpu")).eval()
+    learner = first_learner(params, targets, [], "cpu", TargetMaker(params.ensemble, targets, stores, "cpu")).eval()
     waves = open_receipt(world.root / "receipts/waves.json")
     reader = BatchReader(world.manifest, waves, stores, [list(store.arrays) for store in targets.stores])
     utterances = [0, 7, 3]
-    batch = reader.read([Item(u, None) for u in utterances])
+    batch = reader.read_clean([Item(u, None) for u in utterances])
     with torch.no_grad():
-        terms, predicted = learner(batch)
+        sums, predicted = learner(batch)
     counts = [world.manifest[u].num_frames for u in utterances]
     assert len(set(counts)) == 3  # there is padding
 
@@ -146,7 +148,8 @@ def test_the_loss_of_an_ensemble_is_its_equation_in_float64(world, kind, teacher
         assert group.shape == (3, len(heads), max(counts), heads[0][0].shape[1])
         own = [group[b, n, :count].double().numpy() for n in range(len(heads)) for b, count in enumerate(counts)]
         expected += share * losses_of(own, [frames for head in heads for frames in head], form)
-    assert list(terms) == ["l1", "l2", "cosine", "total"]
+    assert list(sums) == ["l1", "l2", "cosine", "total"]
+    terms = {name: (learner.target_weights * per_target).sum() / sum(counts) for name, per_target in sums.items()}
     np.testing.assert_allclose([float(terms[n]) for n in ("l1", "l2", "cosine")], expected, rtol=0, atol=1e-6)
     assert float(terms["total"]) == pytest.approx(expected @ [0.7, 0.3, 2.0], abs=2e-6)
 
@@ -163,7 +166,8 @@ def test_an_ensemble_of_one_is_that_teacher_bit_for_bit(world):
 def test_the_average_of_two_like_teachers_is_one_of_them(world):
     alone = train(world, single(), "models/single", steps=5)
     twice = several("average", ("hubert", (3, 1), 2.0), ("twin", (3, 1), 2.0))
-    assert train(world, twice, "models/twice", steps=5) == alone
+    same = train(world, twice, "models/twice", steps=5)
+    assert [same[name] for name in WEIGHTS] == [alone[name] for name in WEIGHTS]
 
 
 @pytest.mark.parametrize("normalise", [None, SAMPLE])
@@ -187,7 +191,7 @@ def test_an_utterance_is_found_wherever_each_store_has_it(own_world):
     assert stores[0].ids == stores[1].ids[::-1]
     waves = open_receipt(own_world.root / "receipts/waves.json")
     reader = BatchReader(own_world.manifest, waves, stores, [["layer-01"], ["layer-01"]])
-    batch = reader.read([Item(u, None) for u in (0, 7, 3)])
+    batch = reader.read_clean([Item(u, None) for u in (0, 7, 3)])
     for b, name in enumerate(batch.ids):
         for rows, store in zip(batch.targets, stores, strict=True):
             np.testing.assert_array_equal(rows[b, 0, : batch.frames[b]], store.read("layer-01", name))
@@ -196,7 +200,10 @@ def test_an_utterance_is_found_wherever_each_store_has_it(own_world):
 def test_l2_has_a_column_where_it_counts(world):
     train(world, single(), "models/l2", steps=5, l2_weight=0.5)
     head, *rows = (world.root / "models/l2/curves.csv").read_text().splitlines()
-    assert head == "step,rate,l1,l2,cosine,total,grad_norm,dev_l1,dev_l2,dev_cosine,dev_total"
+    assert (
+        head
+        == "step,rate,l1,l2,cosine,total,grad_norm,dev_l1,dev_l2,dev_cosine,dev_total,dev_hubert.layer-03,dev_hubert.layer-01"
+    )
     (last,) = csv.DictReader([head, rows[-1]])
     assert float(last["dev_total"]) == pytest.approx(
         float(last["dev_l1"]) + 0.5 * float(last["dev_l2"]) + float(last["dev_cosine"]), rel=1e-6
@@ -211,7 +218,8 @@ def test_a_batch_holds_the_rows_of_every_store(world):
     plan = list(plan_epoch(world.manifest.samples, Aligned(kind="aligned", max_seconds=0.5), 3.0, 0, 0))
     assert any(item.span is None for items in plan for item in items)
     assert any(item.span is not None for items in plan for item in items)
-    with reader.ahead(iter(plan), 3.0, 2, torch.device("cpu")) as batches:
+    numbered = (Planned(number, items) for number, items in enumerate(plan))
+    with reader.ahead(numbered, 3.0, 2, torch.device("cpu")) as batches:
         for items, batch in zip(plan, batches, strict=True):
             for b, (utterance, span) in enumerate(items):
                 name, count = world.manifest[utterance].id, int(batch.frames[b])
@@ -231,7 +239,7 @@ def test_targets_of_another_ensemble_are_refused(world):
     ):
         params, targets = params_of(world, asked), choose(world, chosen)
         with pytest.raises(StoreError, match="chosen for another ensemble .*; run `decant targets` again"):
-            distil(params, targets, world.manifest, waves, None, world.root / "m", "cpu", lambda *_, **__: None, print)
+            distil(params, targets, world.manifest, waves, [], world.root / "m", "cpu", lambda *_, **__: None, print)
 
 
 def test_teachers_of_other_audio_are_refused_and_of_the_same_skipped_audio_are_not(own_world):
@@ -250,7 +258,7 @@ def test_teachers_of_other_audio_are_refused_and_of_the_same_skipped_audio_are_n
     params, targets = params_of(own_world, both), choose(own_world, both)
     waves = open_receipt(own_world.root / "receipts/waves.json")
     with pytest.raises(StoreError, match="extracted from other audio"):
-        distil(params, targets, other, waves, None, own_world.root / "m", "cpu", lambda *_, **__: None, print)
+        distil(params, targets, other, waves, [], own_world.root / "m", "cpu", lambda *_, **__: None, print)
 
 
 def test_an_ensemble_trains_without_its_teachers_and_goes_on_after_kill_9(own_world):

@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from pipeline.distill.heads import PredictionHeads, initialise_heads
-from pipeline.distill.losses import LossWeights, distillation_loss, mean_over_groups
-from pipeline.distill.schedule import make_optimizer, rate_at
+from pipeline.distill.losses import LossWeights, distillation_sums
+from pipeline.distill.schedule import make_optimizer, rate_at, set_rates
 from pipeline.student.encoder import count_parameters
 
 COUNTS = [7, 3, 5]
@@ -33,13 +33,19 @@ def by_the_formula(predicted, targets):
     return {"l1": np.mean(l1), "l2": np.mean(l2), "log_sigmoid": np.mean(log_sigmoid), "raw": np.mean(raw)}
 
 
+def means(predicted, targets, mask, weights):
+    """Over targets and frames, as the published loss has them."""
+    sums = distillation_sums(predicted, targets, mask, weights)
+    return {name: term.sum() / (predicted.shape[1] * sum(COUNTS)) for name, term in sums.items()}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("form", ["log_sigmoid", "raw"])
 @pytest.mark.parametrize("l2_weight", [0.0, 0.25])
 def test_the_loss_is_the_published_formula_over_valid_frames(dtype, form, l2_weight):
     predicted, targets, mask = drawn(dtype)
     want = by_the_formula(predicted, targets)
-    terms = distillation_loss(predicted, targets, mask, LossWeights(2.0, l2_weight, 0.5, form))
+    terms = means(predicted, targets, mask, LossWeights(2.0, l2_weight, 0.5, form))
     assert all(term.dtype == dtype for term in terms.values())
     assert list(terms) == (["l1", "l2", "cosine", "total"] if l2_weight else ["l1", "cosine", "total"])
     expected = {"l1": want["l1"], "l2": want["l2"], "cosine": want[form]}
@@ -48,12 +54,13 @@ def test_the_loss_is_the_published_formula_over_valid_frames(dtype, form, l2_wei
         assert float(term) == pytest.approx(expected[name], abs=1e-6)
 
 
-def test_the_loss_of_several_teachers_is_the_weighted_mean_of_theirs():
-    parts = [distillation_loss(*drawn(), LossWeights(1.0, 0.5, 1.0, form)) for form in ("log_sigmoid", "raw")]
-    mean = mean_over_groups(parts, [0.2, 0.8])
-    assert list(mean) == list(parts[0])
-    for name, term in mean.items():
-        assert float(term) == pytest.approx(0.2 * float(parts[0][name]) + 0.8 * float(parts[1][name]), abs=1e-7)
+def test_every_target_has_its_own_loss():
+    predicted, targets, mask = drawn()
+    sums = distillation_sums(predicted, targets, mask, LossWeights(1.0, 0.5, 1.0, "raw"))
+    for n in range(2):
+        want = by_the_formula(predicted[:, n : n + 1], targets[:, n : n + 1])
+        expected = want["l1"] + 0.5 * want["l2"] + want["raw"]
+        assert float(sums["total"][n]) == pytest.approx(expected * sum(COUNTS), rel=1e-6)
 
 
 @pytest.mark.parametrize("weights", [DISTILHUBERT, LossWeights(1.0, 1.0, 1.0, "raw")])
@@ -64,7 +71,7 @@ def test_nan_in_the_padding_changes_neither_the_loss_nor_its_gradient(weights):
         predicted[~mask[:, None].expand(-1, 2, -1)] = fill
         targets[~mask[:, None].expand(-1, 2, -1)] = fill
         predicted.requires_grad_()
-        total = distillation_loss(predicted, targets, mask, weights)["total"]
+        total = distillation_sums(predicted, targets, mask, weights)["total"].sum()
         total.backward()
         results.append((total.detach(), predicted.grad))
     assert torch.isfinite(results[1][0])
@@ -75,7 +82,7 @@ def test_nan_in_the_padding_changes_neither_the_loss_nor_its_gradient(weights):
 def test_half_precision_targets_are_compared_in_float32():
     predicted, targets, mask = drawn()
     stored = targets.half()
-    terms = distillation_loss(predicted, stored, mask, DISTILHUBERT)
+    terms = means(predicted, stored, mask, DISTILHUBERT)
     assert terms["total"].dtype == torch.float32
     want = by_the_formula(predicted, stored.float())
     assert float(terms["l1"]) == pytest.approx(want["l1"], abs=1e-6)
@@ -111,8 +118,15 @@ def test_the_rate_rises_to_its_peak_and_falls_in_straight_lines():
 def test_every_parameter_is_in_one_group_and_only_matrices_decay():
     heads = PredictionHeads(4, 2, 3)
     norm = torch.nn.LayerNorm(4)
-    optimizer = make_optimizer([heads, norm], weight_decay=0.01)
+    optimizer = make_optimizer([heads, norm], learning_rate=0.1, weight_decay=0.01)
     decayed, free = (group["params"] for group in optimizer.param_groups)
     assert {id(p) for p in decayed} == {id(heads.expand.weight), id(heads.split.weight)}
     assert len(free) == 4
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.0]
+
+
+def test_groups_have_peaks_of_their_own_and_rise_together():
+    extra = {"params": [torch.nn.Parameter(torch.zeros(3))], "peak": 0.02, "maximize": True}
+    optimizer = make_optimizer([torch.nn.LayerNorm(4)], learning_rate=2e-4, weight_decay=0.0, more=[extra])
+    assert set_rates(optimizer, step=5, steps=100, warmup=0.1) == pytest.approx(1e-4)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([1e-4, 1e-4, 0.01])

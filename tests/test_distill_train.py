@@ -17,10 +17,11 @@ from cache.errors import DataError, DecantError, ResourceError, SettingsError, S
 from cache.process import exclusive
 from cache.publish import read_json, write_json
 from cache.receipts import open_receipt
-from pipeline.distill.learner import StudentParams
+from pipeline.distill.settings import StudentParams
 from pipeline.distill.train import distil
+from pipeline.layers.choose import choose_targets
 from pipeline.layers.ensembles import SingleTeacher
-from pipeline.layers.targets import Adopted, choose_targets, targets_json
+from pipeline.layers.targets import Adopted, targets_json
 from pipeline.student.checkpoint import load_student
 from stages._params import read_params
 from stages.distill import app
@@ -49,7 +50,10 @@ def one_thread():
 def targets_of(world):
     ensemble = SingleTeacher(kind="single", teacher="hubert", layers=(3, 1), normalise=None)
     return choose_targets(
-        ensemble, world.root / "receipts", Adopted(kind="adopted", teacher="hubert"), world.root / "init"
+        ensemble,
+        world.root / "receipts",
+        Adopted(kind="adopted", teacher="hubert", final_norm=False),
+        world.root / "init",
     )
 
 
@@ -60,7 +64,7 @@ def train(world, out="models/distil", manifest=None, init="init/hubert.safetenso
         targets_of(world),
         manifest or world.manifest,
         open_receipt(world.root / "receipts/waves.json"),
-        None if init is None else world.root / init,
+        [] if init is None else [world.root / init],
         world.root / out,
         device,
         lambda *_, **__: None,
@@ -181,7 +185,7 @@ def test_sigterm_saves_the_state_and_exits_with_75(world):
 
 def stop_at(world, monkeypatch, step):
     """Run until the state after `step` is saved, as if the power went then."""
-    from pipeline.distill import train as module
+    from pipeline.distill import loop as module
 
     save = module.save_state
 
@@ -312,7 +316,7 @@ def test_a_manifest_of_other_audio_or_without_a_split_is_refused(world):
 
 
 def test_bfloat16_on_a_cpu_is_said_to_be_float32(world):
-    write_params(world, init={"kind": "random"}, train={"steps": 1, "precision": "bfloat16"})
+    write_params(world, train={"steps": 1, "precision": "bfloat16"})
     lines = run_stage(world)
     assert "this run computes in float32" in lines
     assert "parameters after 1 steps: dev l1" in lines

@@ -20,7 +20,7 @@ SIZES = {"conv_channels": [4, 4, 4, 4, 4, 4, 4], "width": 8, "ffn": 8, "position
 
 
 def small_params():
-    """params.yaml as committed, every size cut down; three teachers, two students that learn from one each."""
+    """params.yaml as committed, every size cut down; three teachers, two students that learn from one each, b by groups."""
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     espeak = params["prepare"]["sources"]["espeak"]
     for voices in espeak["voices"].values():
@@ -32,6 +32,7 @@ def small_params():
     rounds = [{**hubert["source"]["objective"]["iterations"][0], "clusters": 4}]
     objective = {**hubert["source"]["objective"], "iterations": rounds, "fit_frames": 500}
     hubert["source"].update(objective=objective, steps=[2], batch_seconds=2.0)
+    hubert["keep"] = {"layers": ["projection", 0, 1, 2], "select": "all"}
     params["teachers"] = {name: seeded(hubert, seed) for seed, name in enumerate(("first", "second", "spare"))}
     spare = params["teachers"]["spare"]
     spare["starts_from"] = "data/teachers/second"
@@ -42,6 +43,8 @@ def small_params():
     student["shape"].update(SIZES, heads=[2], head_width=4, ffn=[8])
     student["train"].update(steps=2, batch_seconds=8.0, validate_every=2, checkpoint_every=2, log_every=1)
     params["students"] = {"a": learning_from(student, "first"), "b": learning_from(student, "second")}
+    groups = {"num_groups": 1, "linkage": "average", "contiguous": True, "leave_out": [0]}
+    params["students"]["b"]["ensemble"] = {"kind": "groups", "teacher": "second", "groups": groups, "normalise": None}
     params["models"] = {name: {"path": f"models/{name}"} for name in params["students"]}
     for probe in params["probes"].values():
         probe.update(lrs=[0.01], seeds=[0], steps=4, validate_every=2)
@@ -167,6 +170,12 @@ def reruns(project, warm):
     of_teachers = {f"{stage}@{teacher}" for stage in OF_A_TEACHER for teacher in ("second", "spare")}
     assert rerun == {"means@both", "targets@a", "targets@b", "distill@b", "report"} | of_teachers | judged("b")
 
+    # how layers are compared: the groups stay, so no student reruns
+    params["similarity"]["measure"] = "cosine"
+    project.write()
+    of_teachers = {f"similarity@{teacher}" for teacher in params["teachers"]}
+    assert project.repro(warm) == {"targets@a", "targets@b", "report"} | of_teachers
+
     # a probe's setting
     params["probes"]["kws"]["steps"] = 6
     project.write()
@@ -202,7 +211,7 @@ def test_every_path_of_dvc_yaml_is_written_by_one_stage_and_every_setting_exists
 
 
 def test_the_committed_params_are_what_the_stages_read():
-    from pipeline.distill.learner import StudentParams
+    from pipeline.distill.settings import StudentParams
     from pipeline.extraction.settings import ExtractParams, Keep
     from pipeline.layers.similarity import SimilarityParams
     from pipeline.prepare import PrepareParams

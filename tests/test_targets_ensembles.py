@@ -9,7 +9,7 @@ from cache.publish import write_json
 from cache.ragged import Store
 from cache.zarrshard import ArraySpec
 from pipeline.distill.ensemble import TargetMaker
-from pipeline.distill.learner import StudentParams
+from pipeline.distill.settings import StudentParams
 from pipeline.layers.ensembles import Channel
 from pipeline.layers.statistics import channel_statistics, draw
 from pipeline.layers.targets import open_targets, read_targets, targets_json

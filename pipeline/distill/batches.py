@@ -1,13 +1,14 @@
 """Planned batches of one manifest in, padded tensors on the host out, read ahead by processes of their own.
 
 Reader processes fill a ring of shared buffers (`cache.ring`), so the tensors of a batch are views that the next
-batch may overwrite. On a GPU the ring is pinned, and a batch is copied to the device without a detour.
+batch may overwrite. On a GPU the ring is pinned, and a batch is copied to the device without a detour. Where the student
+hears noise (`pipeline.distill.noisy`), it is the reader processes that make it.
 """
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,17 +21,21 @@ from cache.manifest import Manifest
 from cache.padded import PaddedBatches, Request
 from cache.ragged import Store
 from cache.ring import Ring
-from pipeline.distill.plan import Item
+from pipeline.distill.noisy import NoisyBatches, NoisyRequest
+from pipeline.distill.plan import Item, Planned
+from pipeline.distortion.distort import Distortion
 
 SLOTS = 4  # batches in memory: one that is computed, three read ahead
 
 
 class Batch(NamedTuple):
-    """What one step reads, on the host."""
+    """What one forward reads, on the host."""
 
+    number: int
+    """Its place in the training (`pipeline.distill.plan.Planned`); -1 of a batch that validates."""
     ids: list[str]
     waves: Int16[Tensor, "B S"]
-    """As stored; zero after each utterance's end."""
+    """As stored, or distorted; zero after each utterance's end."""
     samples: Int64[Tensor, " B"]
     targets: list[Shaped[Tensor, "B _ T _"]]
     """Of each feature store rows as stored, (B, N, T, W), decoded on the device; zero after each utterance's end."""
@@ -41,7 +46,13 @@ class BatchReader:
     """Reads planned batches of one manifest out of its waveforms and the targets of one teacher or several."""
 
     def __init__(
-        self, manifest: Manifest, waves: Store, features: Sequence[Store], arrays: Sequence[Sequence[str]]
+        self,
+        manifest: Manifest,
+        waves: Store,
+        features: Sequence[Store],
+        arrays: Sequence[Sequence[str]],
+        distort: Distortion | None = None,
+        seed: int = 0,
     ) -> None:
         """Find every utterance in all stores.
 
@@ -50,6 +61,8 @@ class BatchReader:
             waves: its waveforms.
             features: K stores with targets.
             arrays: what to read of each.
+            distort: what happens to the waveforms of planned batches; None: nothing.
+            seed: of the training; the noise is drawn from it.
 
         Raises:
             DataError: an utterance is absent from a store or has another length there.
@@ -74,18 +87,31 @@ class BatchReader:
         first = features[0]
         self.shards: Int64[np.ndarray, " U"] = first.plan.start[self._places[:, 1]] // first.grid.shard_rows
         """The shard that each utterance is in: of the first feature store, and of all that are cut alike."""
+        self._noisy: NoisyBatches | None = None
+        if distort is not None:
+            self._noisy = NoisyBatches(self.padded, distort, self._places[:, 0].astype(np.int32), seed)
 
-    def read(self, items: Sequence[Item]) -> Batch:
-        """One planned batch, read here and now into a buffer of its own."""
-        request = self._request(items)
-        padded = int(request.waves[:, 2].max()) * len(items), int(request.frames[:, 1].max()) * len(items)
+    def read_clean(self, items: Sequence[Item]) -> Batch:
+        """A batch that validates: as it is stored, read here and now into a buffer of its own."""
+        return self._read(Planned(-1, list(items)), noisy=None)
+
+    def read(self, planned: Planned) -> Batch:
+        """One planned batch, read here and now into a buffer of its own: what `ahead` gives, noise included."""
+        return self._read(planned, self._noisy)
+
+    def _read(self, planned: Planned, noisy: NoisyBatches | None) -> Batch:
+        request, rows = self._request(planned.items), len(planned.items)
+        padded = int(request.waves[:, 2].max()) * rows, int(request.frames[:, 1].max()) * rows
         buffer = np.empty(self.padded.buffer_bytes(*padded), dtype=np.uint8)
-        self.padded(request, buffer)
-        return self._batch([item.utterance for item in items], request, buffer)
+        if noisy is None:
+            self.padded(request, buffer)
+        else:
+            noisy(_with_noise(planned, request), buffer)
+        return self._batch(planned, request, buffer)
 
     @contextmanager
     def ahead(
-        self, plan: Iterable[list[Item]], batch_seconds: float, readers: int, device: torch.device
+        self, plan: Iterable[Planned], batch_seconds: float, readers: int, device: torch.device
     ) -> Iterator[Iterator[Batch]]:
         """The planned batches, read ahead by `readers` processes; each is valid until the next is asked for.
 
@@ -95,15 +121,16 @@ class BatchReader:
         """
         samples = int(batch_seconds * RATE_HZ)
         size = self.padded.buffer_bytes(samples, samples // HOP + FIELD)
-        asked: deque[tuple[list[int], Request]] = deque()  # what the batches in the ring are of
+        asked: deque[tuple[Planned, Request]] = deque()  # what the batches in the ring are of
 
-        def requests() -> Iterator[Request]:
-            for items in plan:
-                request = self._request(items)
-                asked.append(([item.utterance for item in items], request))
-                yield request
+        def requests() -> Iterator[Request | NoisyRequest]:
+            for planned in plan:
+                request = self._request(planned.items)
+                asked.append((planned, request))
+                yield request if self._noisy is None else _with_noise(planned, request)
 
-        with Ring(self.padded, requests(), size, SLOTS + readers - 1, readers) as ring, pinned(ring.memory, device):
+        fill: Any = self._noisy or self.padded  # what is of `cache` imports no torch
+        with Ring(fill, requests(), size, SLOTS + readers - 1, readers) as ring, pinned(ring.memory, device):
             yield (self._batch(*asked.popleft(), buffer) for _, buffer in ring)
 
     def _request(self, items: Sequence[Item]) -> Request:
@@ -121,15 +148,20 @@ class BatchReader:
         waves = np.column_stack([places[:, 0], np.array(samples, dtype=np.int64)])
         return Request(waves, places[:, 1:].T, np.array(frames, dtype=np.int64))
 
-    def _batch(self, utterances: list[int], request: Request, buffer: UInt8[np.ndarray, " _"]) -> Batch:
+    def _batch(self, planned: Planned, request: Request, buffer: UInt8[np.ndarray, " _"]) -> Batch:
         waves, rows = self.padded.views(request, buffer)
         return Batch(
-            [self.manifest[u].id for u in utterances],
+            planned.number,
+            [self.manifest[item.utterance].id for item in planned.items],
             torch.from_numpy(waves),
             torch.from_numpy(request.waves[:, 2].copy()),
             [torch.from_numpy(of_store) for of_store in rows],
             torch.from_numpy(request.frames[:, 1].copy()),
         )
+
+
+def _with_noise(planned: Planned, request: Request) -> NoisyRequest:
+    return NoisyRequest(request, planned.number, np.array([item.utterance for item in planned.items], dtype=np.int64))
 
 
 @contextmanager

@@ -1,17 +1,12 @@
 """Prediction heads: one hidden state of the student in, one prediction per target layer out.
 
 DistilHuBERT's "expand-last" heads: Linear(D -> N D), GELU, then N separate Linear(D -> E) in one product. They are thrown
-away when a student is used, and kept beside it to go on training. For teachers of several widths there are groups of
-heads, one after another in a `ModuleList`: as if the first Linear had all their rows.
+away when a student is used, and kept beside it to go on training.
 """
-
-from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-
-from pipeline.layers.ensembles import HeadGroup
 
 
 class SplitLinear(nn.Module):
@@ -41,21 +36,6 @@ class PredictionHeads(nn.Module):
         # (B, T, N * D) -> (B, N, T, D)
         expanded = nn.functional.gelu(self.expand(x)).unflatten(2, (self.heads, -1)).transpose(1, 2)
         return self.split(expanded)
-
-
-def make_heads(width: int, groups: Sequence[HeadGroup], generator: torch.Generator) -> nn.ModuleList:
-    """The heads of an ensemble, drawn group after group."""
-    heads = nn.ModuleList(PredictionHeads(width, group.heads, group.width) for group in groups)
-    for group in heads:
-        assert isinstance(group, PredictionHeads)
-        initialise_heads(group, generator)
-    return heads
-
-
-def heads_state(heads: nn.ModuleList) -> dict[str, Tensor]:
-    """What is kept of them; a group that is alone goes without a number."""
-    state: dict[str, Tensor] = (heads[0] if len(heads) == 1 else heads).state_dict()
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
 @torch.no_grad()

@@ -1,94 +1,36 @@
-"""The learner: a batch in, loss terms and updated weights out; student and heads together, on one device."""
+"""The learner: a batch in, loss terms and updated weights out; student, predictor and optimiser together, on one device."""
 
 import math
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Literal, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
-from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
-from cache.errors import SettingsError
+from cache.frames import RATE_HZ, num_frames
+from pipeline.distill.augment import draw_hidden
 from pipeline.distill.batches import Batch
 from pipeline.distill.ensemble import TargetMaker
-from pipeline.distill.heads import make_heads
-from pipeline.distill.losses import Cosine, LossWeights, distillation_loss, mean_over_groups
-from pipeline.distill.plan import Crop, Shuffle
-from pipeline.distill.schedule import make_optimizer, rate_at
-from pipeline.layers.ensembles import Ensemble, head_groups
-from pipeline.layers.targets import Adopted, Init, Targets
+from pipeline.distill.losses import distillation_sums
+from pipeline.distill.predictor import Predictor
+from pipeline.distill.pruning import SparsityControl
+from pipeline.distill.schedule import make_optimizer, set_rates
+from pipeline.distill.settings import Phase, StudentParams
+from pipeline.distill.world import ALONE, World, add_up, add_up_gradients
 from pipeline.padding import INT16_SCALE, frame_mask
-from pipeline.student.adopt import copy_adopted
-from pipeline.student.encoder import Encoder, initialise
+from pipeline.student.encoder import Encoder, GateValues, Hidden
+from pipeline.student.gates import Gates
 from pipeline.student.shape import EncoderShape
-
-
-class TrainParams(BaseModel, frozen=True, extra="forbid"):
-    """How a student is trained."""
-
-    steps: int = Field(ge=0)
-    """Updates; 0 leaves the student as it was initialised (a baseline)."""
-    batch_seconds: float = Field(gt=0)
-    """Padded audio in one batch."""
-    crop: Crop
-    """full, or aligned with max_seconds."""
-    shuffle: Shuffle
-    """everywhere, or shards with together."""
-    learning_rate: float = Field(gt=0)
-    """Peak; 2e-4 in DistilHuBERT."""
-    warmup: float = Field(ge=0, le=1)
-    """Share of the steps in which the rate rises; 0.07 in DistilHuBERT."""
-    weight_decay: float = Field(ge=0)
-    """Of matrices and kernels; biases and norms never decay."""
-    clip: float | None = Field(gt=0)
-    """Largest gradient norm; null does not clip."""
-    feature_grad_mult: float = Field(gt=0)
-    """Factor on the gradient that reaches the convolutions; 0.1 in DistilHuBERT."""
-    l1_weight: float = Field(ge=0)
-    """Weight of the mean absolute difference."""
-    l2_weight: float = Field(ge=0)
-    """Weight of the mean squared difference; 0 in DistilHuBERT and DPHuBERT."""
-    cosine_weight: float = Field(ge=0)
-    """Weight of the cosine term; 1 in DistilHuBERT."""
-    cosine: Cosine
-    """log_sigmoid: -log sigmoid cos, as in DistilHuBERT; raw: -cos, as in DPHuBERT."""
-    precision: Literal["float32", "bfloat16"]
-    """Of the forward pass on a GPU; losses and norms are float32 in both, and so is all on a CPU."""
-    log_every: int = Field(gt=0)
-    """Steps between rows of curves.csv; a row is the mean since the row before."""
-    validate_every: int | None = Field(gt=0)
-    """Steps between validations on the dev split; null never validates."""
-    checkpoint_every: int = Field(gt=0)
-    """Steps between saved states, from which a killed run goes on."""
-
-    @property
-    def loss_weights(self) -> LossWeights:
-        """Of the terms of the loss."""
-        return LossWeights(self.l1_weight, self.l2_weight, self.cosine_weight, self.cosine)
-
-
-class StudentParams(BaseModel, frozen=True, extra="forbid"):
-    """One student: what it learns from, how it starts, what it is, how it is trained."""
-
-    ensemble: Ensemble
-    """Whose layers are predicted: single, heads, average or concat."""
-    init: Init
-    """Where the first weights come from."""
-    shape: EncoderShape
-    """What the student is."""
-    train: TrainParams
-    """How it is trained."""
-    seed: int = Field(ge=0)
-    """Of weights, order, crops and dropout."""
+from pipeline.student.size import expected_sparsity
 
 
 class Update(NamedTuple):
     """What one step did."""
 
     terms: dict[str, float]
-    """Of the loss, by name."""
+    """Of the loss, by name: over all batches of the step, of all processes."""
     grad_norm: float
     """Before clipping."""
     rate: float
@@ -100,85 +42,160 @@ class Update(NamedTuple):
         return math.isfinite(self.terms["total"]) and math.isfinite(self.grad_norm)
 
 
+class Pruning(nn.Module):
+    """Gates on a student, and what drives them to the sparsity that is wanted."""
+
+    def __init__(self, gates: Gates, control: SparsityControl) -> None:
+        super().__init__()
+        self.gates, self.control = gates, control
+
+
 class Learner(nn.Module):
-    """A student with its heads and their optimiser."""
+    """A student with what predicts from it and their optimiser, in one phase of a training."""
 
     def __init__(
         self,
         params: StudentParams,
-        targets: Targets,
-        init: Path | None,
+        phase: Phase,
+        encoder: Encoder,
+        predictor: Predictor,
+        target_weights: Sequence[float],
         device: str,
         make_targets: TargetMaker,
+        pruning: Pruning | None = None,
+        world: World = ALONE,
     ) -> None:
-        """Build and initialise; a pure function of the settings and the init file.
+        """Bring everything to the device and make the optimiser.
 
         Args:
             params: the student's settings.
-            targets: the arrays it predicts.
-            init: weights to adopt.
+            phase: which of its phases.
+            encoder: the student.
+            predictor: heads or linears on it.
+            target_weights: of every target's loss in the whole.
             device: cpu, cuda, cuda:1.
-            make_targets: stored rows to what the heads are compared with, on this device.
-
-        Raises:
-            SettingsError: the init is to be adopted and is not given or does not fit, or teachers cannot be combined so.
+            make_targets: stored rows to what predictions are compared with, on this device.
+            pruning: gates and what drives them, in a phase that prunes.
+            world: the processes that share every step.
         """
         super().__init__()
-        self.params, self.device, self.make_targets = params, torch.device(device), make_targets
-        self.encoder = Encoder(params.shape, params.train.feature_grad_mult)
-        generator = torch.Generator().manual_seed(params.seed)
-        initialise(self.encoder, generator)
-        groups = head_groups(params.ensemble, targets.widths)
-        self.shares = [group.share for group in groups]
-        self.heads = make_heads(params.shape.width, groups, generator)
-        if isinstance(params.init, Adopted):
-            if init is None:
-                raise SettingsError("init is {kind: adopted}, which needs the teacher's weights: pass --init data/init")
-            copy_adopted(self.encoder, [init], final_norm=False)
+        self.params, self.phase, self.device, self.make_targets = params, phase, torch.device(device), make_targets
+        self.world = world
+        self.encoder, self.predictor, self.pruning = encoder, predictor, pruning
         self.to(self.device)
-        self.optimizer = make_optimizer([self.encoder, self.heads], params.train.weight_decay)
-        torch.manual_seed(params.seed)  # from here on dropout alone draws from it
+        self.target_weights = torch.tensor(target_weights, dtype=torch.float32, device=self.device)
+        modules: list[nn.Module] = [self.encoder, self.predictor]
+        more = [] if pruning is None else pruning.control.groups(pruning.gates)
+        self.optimizer = make_optimizer(modules, phase.learning_rate, params.train.weight_decay, more)
+        self._closed: GateValues | None = None
+        self._encode = self.encoder if params.train.compile_seconds is None else torch.compile(self.encoder)
 
-    def forward(self, batch: Batch) -> tuple[dict[str, Float[Tensor, ""]], list[Float[Tensor, "B _ T _"]]]:
-        """Loss terms of a batch, and the predictions (B, N, T, E) of each group of heads."""
+    def forward(self, batch: Batch) -> tuple[dict[str, Float[Tensor, " N"]], list[Float[Tensor, "B _ T _"]]]:
+        """Of a batch, the sums over frames of each target's loss terms, and the predictions (B, N, T, E) of each group."""
         train = self.params.train
         half = train.precision == "bfloat16" and self.device.type == "cuda"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
             waves = batch.waves.to(self.device, non_blocking=True).float() * INT16_SCALE
-            states = self.encoder(waves, batch.samples.to(self.device))
-            last = self.encoder.read_out(states)
-            predicted = [group(last) for group in self.heads]
+            if train.compile_seconds is not None:
+                step = int(train.compile_seconds * RATE_HZ)
+                waves = nn.functional.pad(waves, (0, -waves.shape[1] % step))
+            states = self._encode(waves, batch.samples.to(self.device), self._gates(), self._hidden(batch, waves))
+            predicted = self.predictor(states, self.encoder.read_out(states))
         targets = self.make_targets([rows.to(self.device, non_blocking=True) for rows in batch.targets])
-        mask = frame_mask(batch.frames.to(self.device), targets[0].shape[2])
-        losses = [distillation_loss(p, h, mask, train.loss_weights) for p, h in zip(predicted, targets, strict=True)]
-        return mean_over_groups(losses, self.shares), predicted
+        frames = targets[0].shape[2]
+        predicted = [group[:, :, :frames] for group in predicted]  # of what only a compiled encoder was padded with
+        mask = frame_mask(batch.frames.to(self.device), frames)
+        sums = [distillation_sums(p, h, mask, train.loss_weights) for p, h in zip(predicted, targets, strict=True)]
+        return {name: torch.cat([group[name] for group in sums]) for name in train.loss_weights.terms}, predicted
 
-    def update(self, batch: Batch, step: int) -> Update:
-        """Make update `step` of 1..steps, unless its loss or gradient is not finite."""
+    def update(self, batches: Iterable[Batch], frames: int, step: int) -> Update:
+        """Make update `step` of 1..steps of this phase, unless its loss or gradient is not finite.
+
+        Args:
+            batches: this process's share of the step.
+            frames: in all batches of the step, those of other processes too.
+            step: which update.
+        """
         train = self.params.train
-        rate = rate_at(step, train.steps, train.learning_rate, train.warmup)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        rate = set_rates(self.optimizer, step, self.phase.steps, self.phase.warmup)
         self.train()
         self.optimizer.zero_grad(set_to_none=True)
-        terms, _ = self(batch)
-        terms["total"].backward()
+        summed = torch.zeros(len(train.loss_weights.terms), device=self.device)
+        sparsity = self._regularise(step)
+        for batch in batches:
+            torch.manual_seed(seed_of(self.params.seed, batch.number))
+            per_target, _ = self(batch)
+            means = self._weighted(per_target) / frames
+            means[-1].backward()
+            summed += means.detach()
+        summed = add_up(summed, self.world)
+        add_up_gradients(self.parameters(), self.world)
         norm = nn.utils.clip_grad_norm_(self.parameters(), math.inf if train.clip is None else train.clip)
-        *values, grad_norm = torch.stack([*terms.values(), norm]).tolist()  # one wait for the device
-        update = Update(dict(zip(terms, values, strict=True)), grad_norm, rate)
+        *values, grad_norm = torch.cat([summed, norm[None]]).tolist()  # one wait for the device
+        terms = dict(zip(train.loss_weights.terms, values, strict=True)) | sparsity
+        update = Update(terms, grad_norm, rate)
         if update.is_finite:
             self.optimizer.step()
         return update
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Mean loss terms over all frames of some batches, without dropout."""
+    def evaluate(self, batches: Iterable[Batch], names: Sequence[str]) -> dict[str, float]:
+        """Mean loss terms over all frames of some batches, of all processes, without dropout; and every target's loss.
+
+        Args:
+            batches: this process's share.
+            names: of the targets.
+        """
         self.eval()
-        sums, frames = dict.fromkeys(self.params.train.loss_weights.terms, 0.0), 0
+        self._closed = None  # the gates have moved since
+        terms = self.params.train.loss_weights.terms
+        sums = torch.zeros(len(terms) + len(names), dtype=torch.float64, device=self.device)
+        frames = torch.zeros(1, dtype=torch.float64, device=self.device)
         for batch in batches:
-            terms, _ = self(batch)
-            count = int(batch.frames.sum())
-            for name, term in terms.items():
-                sums[name] += float(term) * count
-            frames += count
-        return {name: value / frames for name, value in sums.items()}
+            per_target, _ = self(batch)
+            sums += torch.cat([self._weighted(per_target), per_target["total"]])
+            frames += int(batch.frames.sum())
+        *means, _ = (add_up(torch.cat([sums, frames]), self.world) / add_up(frames.clone(), self.world)).tolist()
+        return dict(zip([*terms, *names], means, strict=True))
+
+    @property
+    def shape(self) -> EncoderShape:
+        """The student's, before the gates of this phase are closed."""
+        return self.encoder.shape
+
+    def _gates(self) -> GateValues | None:
+        """Of one forward: with noise in training, as they would be closed now in validation."""
+        if self.pruning is None:
+            return None
+        if self.training:
+            return self.pruning.gates.sample()
+        if self._closed is None:
+            self._closed = self.pruning.control.close(self.shape, self.pruning.gates)
+        return self._closed
+
+    def _hidden(self, batch: Batch, waves: Float[Tensor, "B S"]) -> Hidden | None:
+        """What of a batch of training the transformer does not see."""
+        augment = self.params.augment
+        if augment is None or augment.hide is None or not self.training:
+            return None
+        frames = num_frames(waves.shape[1])
+        hidden = draw_hidden(augment.hide, self.params.seed, batch.number, batch.frames, frames, self.shape.width)
+        return Hidden(*(None if masks is None else masks.to(self.device) for masks in hidden))
+
+    def _regularise(self, step: int) -> dict[str, float]:
+        """Add the gradient of the size to that of the loss; tells the expected sparsity."""
+        if self.pruning is None:
+            return {}
+        sparsity = expected_sparsity(self.shape, self.pruning.gates)
+        # every process adds its part: gradients are summed
+        (self.pruning.control.regulariser(sparsity, step) / self.world.size).backward()
+        return {"sparsity": float(sparsity)}
+
+    def _weighted(self, per_target: dict[str, Float[Tensor, " N"]]) -> Float[Tensor, " M"]:
+        """Every term as one number: the weighted sum over targets."""
+        return torch.stack([(self.target_weights * term).sum() for term in per_target.values()])
+
+
+def seed_of(seed: int, number: int) -> int:
+    """Of dropout in one batch: so a training resumes without torch's random state, and processes differ."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0] >> 1)

@@ -1,13 +1,13 @@
-"""The loss of distillation: predictions and targets in, its terms out, padding left out.
+"""The loss of distillation: predictions and targets in, its terms for every target out, padding left out.
 
     L = a mean |p - h| + b mean (p - h)^2 + c mean distance(p, h)
 
 with the distance -log sigmoid cos(p, h) (DistilHuBERT, eq. 1: a = c = 1, b = 0) or -cos(p, h) (DPHuBERT). The means
-run over heads, valid frames and, for the first two, channels: every head and every frame of speech weighs the same. (The
-published code also averages over padded frames.) Of several teachers it is the weighted mean of the teachers' losses.
+run over targets, valid frames and, for the first two, channels: every target and every frame of speech weighs the same.
+(The published code also averages over padded frames.) Here stand sums over the frames of one batch: who has several
+batches to a step, in one process or in many, divides by the frames of all of them, and gets the mean over all of them.
 """
 
-from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -32,40 +32,28 @@ class LossWeights(NamedTuple):
         return ("l1", *(["l2"] if self.l2 else []), "cosine", "total")
 
 
-def distillation_loss(
+def distillation_sums(
     predicted: Float[Tensor, "B N T E"],
     targets: Float[Tensor, "B N T E"],
     mask: Bool[Tensor, "B T"],
     weights: LossWeights,
-) -> dict[str, Float[Tensor, ""]]:
+) -> dict[str, Float[Tensor, " N"]]:
     """Compare where `mask` is true, in float32 at least; what stands elsewhere does not matter, NaN included.
 
     Returns:
-        A scalar for each of `weights.terms`.
+        For each of `weights.terms` and each target the sum over frames of the mean over channels.
     """
     dtype = torch.promote_types(predicted.dtype, torch.float32)
     # padding becomes (1, 1): finite in all terms and in their gradients
     speech = mask[:, None, :, None]
     predicted = torch.where(speech, predicted.to(dtype), 1.0)
     targets = torch.where(speech, targets.to(dtype), 1.0)
-    frames = mask.sum() * predicted.shape[1]
-    l1 = (predicted - targets).abs().sum() / (frames * predicted.shape[3])
+    l1 = (predicted - targets).abs().sum((0, 2, 3)) / predicted.shape[3]
     similarity = torch.nn.functional.cosine_similarity(predicted, targets, dim=3)  # (B, N, T)
     distance = -similarity if weights.form == "raw" else -torch.nn.functional.logsigmoid(similarity)
-    cosine = torch.where(mask[:, None, :], distance, 0.0).sum() / frames
+    cosine = torch.where(mask[:, None, :], distance, 0.0).sum((0, 2))
     total = weights.l1 * l1 + weights.cosine * cosine
     if not weights.l2:
         return {"l1": l1, "cosine": cosine, "total": total}
-    l2 = (predicted - targets).square().sum() / (frames * predicted.shape[3])
+    l2 = (predicted - targets).square().sum((0, 2, 3)) / predicted.shape[3]
     return {"l1": l1, "l2": l2, "cosine": cosine, "total": total + weights.l2 * l2}
-
-
-def mean_over_groups(
-    losses: Sequence[dict[str, Float[Tensor, ""]]], shares: Sequence[float]
-) -> dict[str, Float[Tensor, ""]]:
-    """Term by term the weighted mean; shares add up to 1, so that a learning rate means the same for any number."""
-    (first, *others), (share, *other_shares) = losses, shares
-    mean = {name: share * term for name, term in first.items()}
-    for loss, share in zip(others, other_shares, strict=True):
-        mean = {name: term + share * loss[name] for name, term in mean.items()}
-    return mean

@@ -67,6 +67,14 @@ class Item(NamedTuple):
     """None: the whole utterance, with the samples after its last frame, which the teacher's norm saw too."""
 
 
+class Planned(NamedTuple):
+    """A batch and its place in the training, which says what is drawn for it: noise, masks, dropout."""
+
+    number: int
+    """Of all batches of all epochs and processes."""
+    items: list[Item]
+
+
 @dataclass(frozen=True, eq=False)
 class EpochPlan(Sequence[list[Item]]):
     """The batches of one epoch, each made when it is asked for: 17 million utterances as objects would take 4 GB."""

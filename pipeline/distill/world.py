@@ -1,0 +1,103 @@
+"""The processes of one training: the environment of torchrun in, this process's place among them and sums over all out.
+
+Every process plans all batches and computes its own share; what they exchange is the gradient, once a step, and the terms
+of the loss. Gradients are added up by hand: `DistributedDataParallel` takes the mean over processes, which is not the mean
+over frames, and insists that every parameter takes part in every step, which a student of chosen layers does not.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from cache.errors import ResourceError
+
+
+class World(NamedTuple):
+    """Which of how many processes this is."""
+
+    rank: int
+    size: int
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes and speaks for all."""
+        return self.rank == 0
+
+
+ALONE = World(0, 1)
+
+
+@contextmanager
+def join_world(device: str) -> Iterator[tuple[World, str]]:
+    """Meet the other processes that torchrun started; gives this one's place and its device. Without torchrun: alone.
+
+    Raises:
+        ResourceError: the others cannot be reached.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield ALONE, device
+        return
+    cuda = device.startswith("cuda")
+    if cuda:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    with _others_needed():
+        dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        yield World(dist.get_rank(), size), device
+    finally:
+        dist.destroy_process_group()
+
+
+def wait_for_all(world: World) -> None:
+    """Go on when every process is here.
+
+    Raises:
+        ResourceError: one has gone.
+    """
+    if world.size > 1:
+        with _others_needed():
+            dist.barrier()
+
+
+def add_up(tensor: Tensor, world: World) -> Tensor:
+    """The sum over processes, in place; the same bits in each.
+
+    Raises:
+        ResourceError: one has gone.
+    """
+    if world.size > 1:
+        with _others_needed():
+            dist.all_reduce(tensor)
+    return tensor
+
+
+def add_up_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
+    """The sum over processes of every gradient that there is: the same parameters have one in each of them.
+
+    Raises:
+        ResourceError: one has gone.
+    """
+    if world.size == 1:
+        return
+    gradients: Sequence[Tensor] = [p.grad for p in parameters if p.grad is not None]
+    flat = add_up(torch.cat([g.flatten() for g in gradients]), world)
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+@contextmanager
+def _others_needed() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # all that torch.distributed raises, DistBackendError and DistNetworkError included
+        raise ResourceError(
+            f"another process of this training has gone or cannot be reached ({str(error).splitlines()[0]}); the same command "
+            "goes on from the last saved state"
+        ) from error
