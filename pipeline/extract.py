@@ -5,7 +5,9 @@ encoded and written as whole files, one per array. A shard is committed or it is
 is missing, and layers asked for later are added to the same store.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +20,7 @@ from cache.writers import ShardPool
 from pipeline.calibrate import fit_tables, sample_arrays
 from pipeline.extraction.job import Job, check_waves, plan_job
 from pipeline.extraction.settings import ExtractParams, Keep
-from pipeline.extraction.shard import fill_shard
+from pipeline.extraction.shard import open_filler
 from pipeline.forward import draw_utterances
 from pipeline.upstream import Upstream
 
@@ -33,7 +35,7 @@ def extract(
     keep: Keep,
     device: str,
     tick: Tick,
-    writers: int = 1,
+    writers: int | None = None,
 ) -> dict[str, Any]:
     """Bring a store up to date with a model, in this process, and give its receipt.
 
@@ -45,7 +47,8 @@ def extract(
         keep: what of the model is kept, of which utterances.
         device: where the model is.
         tick: told the audio-seconds of each shard as it is committed, and with found=True of those found committed.
-        writers: processes that write whole shards beside the computing; 0 writes in this one.
+        writers: processes that write whole shards beside the computing; 0 writes in this one. None is one for a GPU,
+            which this process has to keep busy, and 0 for a CPU, where it waits for its lanes anyway.
 
     Raises:
         SettingsError: a layer the model does not have, or an utterance larger than a shard.
@@ -56,13 +59,30 @@ def extract(
     check_waves(job.manifest, waves)
     with open_job(job, tick) as (writer, committed):
         fit_arrays(upstream, job, waves, writer)
-        # shards are written while the next is computed; waiting for a buffer bounds memory to two shards
-        with ShardPool(writer, writers, shard_buffers=2, committed=committed) as pool:
-            for shard, arrays in writer.missing().items():
-                buffers = {array: pool.buffer(array, shard) for array in arrays}
-                fill_shard(upstream, job, waves, shard, tables_of(writer, arrays), buffers, pool.record)
+        if writers is None:
+            writers = 0 if job.device == "cpu" else 1
+        # one shard is written while the next is computed; waiting for a buffer bounds memory to two
+        with (
+            ShardPool(writer, writers, shard_buffers=2, committed=committed) as pool,
+            open_filler(upstream, job, waves) as filler,
+        ):
+            begun: deque[tuple[int, list[str], list[Future[None]]]] = deque()
+
+            def finish() -> None:
+                shard, arrays, batches = begun.popleft()
+                for batch in batches:
+                    batch.result()
+                    pool.record()
                 for array in arrays:
                     pool.commit(array, shard)
+
+            for shard, arrays in writer.missing().items():
+                if len(begun) == filler.shards_at_once:
+                    finish()
+                buffers = {array: pool.buffer(array, shard) for array in arrays}
+                begun.append((shard, arrays, filler.fill(shard, tables_of(writer, arrays), buffers)))
+            while begun:
+                finish()
     return make_receipt(job.directory, job.arrays)
 
 

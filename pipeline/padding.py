@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int16, Int64
 from torch import Tensor, nn
 
 from cache.frames import FIELD, HOP
+from pipeline.perthread import PerThread
 
 INT16_SCALE = 1 / 32768  # stored int16 samples to float in [-1, 1)
 
@@ -56,8 +57,8 @@ def normalise_waves(waves: Float[Tensor, "B S"], samples: Int64[Tensor, " B"]) -
 class LengthMaskedGroupNorm(nn.Module):
     """`nn.GroupNorm(C, C)` over time whose statistics leave out the padding.
 
-    Set `valid` to the number of valid positions of each row before the forward; None means that all are valid. The
-    parameters have the names and shapes of `nn.GroupNorm`.
+    Set `valid` to the number of valid positions of each row before the forward, in the same thread; None means that all
+    are valid. The parameters have the names and shapes of `nn.GroupNorm`.
     """
 
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
@@ -65,7 +66,17 @@ class LengthMaskedGroupNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
-        self.valid: Int64[Tensor, " B"] | None = None
+        self._valid = PerThread()
+
+    @property
+    def valid(self) -> Int64[Tensor, " B"] | None:
+        """Valid positions of each row of the batch that this thread runs."""
+        valid: Tensor | None = self._valid.value
+        return valid
+
+    @valid.setter
+    def valid(self, counts: Int64[Tensor, " B"] | None) -> None:
+        self._valid.value = counts
 
     def forward(self, x: Float[Tensor, "B C T"], counts: Int64[Tensor, " B"] | None = None) -> Float[Tensor, "B C T"]:
         """Normalise each channel of each row by its mean and variance over the valid positions.

@@ -25,7 +25,10 @@ def main(
     of: Annotated[str, typer.Option(help="Key of a list of folders below --model, whose mean is kept.")] = "",
     params: Annotated[Path, typer.Option(help="Settings.")] = Path("params.yaml"),
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto.")] = "auto",
-    writers: Annotated[int, typer.Option(min=0, help="Processes that write shards; 0 writes between forwards.")] = 1,
+    writers: Annotated[
+        int | None,
+        typer.Option(min=0, help="Processes that write shards; 0: this one. Else one for a GPU, 0 for a CPU."),
+    ] = None,
     executor: Annotated[
         Literal["local", "dask", "slurm"],
         typer.Option(envvar="DECANT_EXECUTOR", help="This process, processes of Dask, or jobs of SLURM."),
