@@ -8,7 +8,11 @@ import yaml
 from pydantic import TypeAdapter
 
 from pipeline.corpora.sources import Source
+from pipeline.distill.predictor import Predict
 from pipeline.extraction.settings import ExtractParams, Keep
+from pipeline.layers.ensembles import Ensemble
+from pipeline.layers.similarity import SimilarityParams
+from pipeline.layers.targets import Init
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -35,6 +39,19 @@ def test_every_kind_of_corpus_is_documented():
     assert kinds == set(choices)
 
 
+@pytest.mark.parametrize("page", ["ekd", "skill"])
+def test_the_students_of_the_pages_on_methods_can_be_set(page):
+    seen = []
+    for block in blocks(f"methods/{page}.md"):
+        if "similarity" in block:
+            SimilarityParams.model_validate(block["similarity"])
+        for student in block["students"].values():
+            seen.append(TypeAdapter(Ensemble).validate_python(student["ensemble"]).kind)
+            TypeAdapter(Init).validate_python(student["init"])
+            TypeAdapter(Predict).validate_python(student.get("predict", {"kind": "last"}))
+    assert seen == {"ekd": ["heads", "average", "concat"], "skill": ["groups"]}[page]
+
+
 def test_what_the_page_on_extraction_shows_can_be_set():
     seen = []
     for block in blocks("extraction.md"):
@@ -47,4 +64,4 @@ def test_what_the_page_on_extraction_shows_can_be_set():
             else:
                 assert key == "means"
                 assert [Keep.model_validate(mean["keep"]) for mean in value.values()]
-    assert seen == ["extract", *["keep"] * 4, "means"]
+    assert seen == ["extract", *["keep"] * 5, "means"]

@@ -28,7 +28,7 @@ class Teacher:
         self.grid = FAMILIES[pinned.family].grid
         hears, self.input = HEARS[pinned.family]
         self.hear = hears(model, pinned.normalise)
-        self.has_projection = isinstance(self.hear, Waveform)  # the others add no positions: theirs is layer 0
+        self.has_projection = isinstance(self.hear, Waveform)  # w2v-BERT's is layer 0; Whisper has none
         # eval: no dropout, no LayerDrop, no SpecAugment
         self.model = model.eval().requires_grad_(False).to(device)
 
