@@ -5,8 +5,10 @@ base models counts the zeros, data2vec's stacked position convolutions let them 
 normalisation and attention see them unless told not to. Here all of these see the valid samples alone.
 """
 
+import threading
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from jaxtyping import Float, Int64
@@ -94,6 +96,9 @@ class FilterBanks:
 
     def __init__(self, model: Any, normalise: bool) -> None:
         self.model, self.blocks = model, Blocks(model.encoder.layers)
+        # two of its three kinds of positions are a table that a forward leaves in the model for the next one
+        keeps = model.config.position_embeddings_type in ("rotary", "relative")
+        self.alone: AbstractContextManager[Any] = threading.Lock() if keeps else nullcontext()
 
     def __call__(self, waves: Float[Tensor, "B S"], samples: Int64[Tensor, " B"]) -> Outputs:
         """Input of the first block, and output of each.
@@ -108,7 +113,8 @@ class FilterBanks:
             )
         banks = filter_banks(waves, samples, 80)
         mask = frame_mask(PAIRS.num_frames(samples), banks.shape[1])
-        return Outputs(None, self.blocks.states_of(lambda: self.model(banks, attention_mask=mask.long())))
+        with self.alone:
+            return Outputs(None, self.blocks.states_of(lambda: self.model(banks, attention_mask=mask.long())))
 
 
 class Window:
