@@ -7,6 +7,7 @@ another teacher, or a layer this student does not predict, is extracted anew the
 
 import base64
 import binascii
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,7 +27,7 @@ from pipeline.layers.statistics import Statistics
 FORMAT = 3
 
 TargetLayers = tuple[int | Literal["projection"], ...]
-"""The layers that a target is the mean of; usually one."""
+"""The layers that a target is made of; usually one."""
 
 
 class Adopted(BaseModel, frozen=True, extra="forbid"):
@@ -101,29 +102,20 @@ class Targets:
 
 
 def target_layers(ensemble: AnyEnsemble, targets: Targets) -> list[TargetLayers]:
-    """The teacher's layers that each target is the mean of, in the order of the heads: for students whose own layers are
-    compared with them.
-
-    Raises:
-        SettingsError: teachers are averaged or put side by side, and at one position their layers differ.
-    """
+    """The layers of teachers that each target is made of, ascending, in the order of the heads: for students whose own layers
+    are compared with them. Where teachers are averaged or put side by side, they are those of all teachers."""
     of_stores = [[_layers_in(target) for target in store.targets] for store in targets.stores]
     if isinstance(ensemble, Average | Concat):
-        for n, layers in enumerate(zip(*of_stores, strict=True)):
-            if len(set(layers)) > 1:
-                named = ", ".join(
-                    f"{list(of_one)} of {m.teacher}" for of_one, m in zip(layers, members(ensemble), strict=True)
-                )
-                raise SettingsError(
-                    f"target {n + 1} is made of layers {named}: no layer of the student answers to it; list the same layers "
-                    "of every teacher, or predict all from the last one"
-                )
-        return of_stores[0]
-    return [layers for of_one in of_stores for layers in of_one]
+        return [_ascending([layer for one in layers for layer in one]) for layers in zip(*of_stores, strict=True)]
+    return [_ascending(layers) for of_one in of_stores for layers in of_one]
 
 
 def _layers_in(target: tuple[str, ...]) -> TargetLayers:
     return tuple(layer for array in target for layer in layers_of(array) or (PROJECTION,))
+
+
+def _ascending(layers: Sequence[int | Literal["projection"]]) -> TargetLayers:
+    return tuple(sorted(set(layers), key=lambda layer: -1 if layer == PROJECTION else int(layer)))
 
 
 def weights_of(init: AnyInit, weights: Path) -> list[Path]:
