@@ -14,7 +14,7 @@ from cache.frames import FrameSpan, num_frames
 from cache.manifest import Manifest
 from cache.receipts import open_receipt
 from pipeline.distill.batches import BatchReader
-from pipeline.distill.plan import Aligned, Full, Item, plan_epoch
+from pipeline.distill.plan import Aligned, Full, Item, Planned, plan_epoch
 from pipeline.student.encoder import Encoder
 from pipeline.student.shape import EncoderShape
 from tests.distill_fixtures import SHAPE, make_world
@@ -146,7 +146,7 @@ def test_a_batch_holds_the_rows_and_samples_of_its_spans(world):
     plan = plan_epoch(world.manifest.samples, Aligned(kind="aligned", max_seconds=0.5), 3.0, 0, 0)
     assert any(item.span is None for batch in plan for item in batch)
     for items in plan:
-        batch = reader.read(items)
+        batch = reader.read_clean(items)
         for row, (name, span) in enumerate((world.manifest[i.utterance].id, i.span) for i in items):
             wave = waves.read("wave", name)
             rows = [features.read(array, name) for array in ("layer-03", "layer-01")]
@@ -164,12 +164,12 @@ def test_a_batch_holds_the_rows_and_samples_of_its_spans(world):
 def test_what_reader_processes_bring_is_what_is_read_here(world, readers):
     reader, _ = open_reader(world)
     plans = [plan_epoch(world.manifest.samples, CROP, 3.0, 0, epoch) for epoch in range(3)]
-    planned = [items for plan in plans for items in plan]
+    planned = [Planned(number, items) for number, items in enumerate(items for plan in plans for items in plan)]
     with reader.ahead(iter(planned), 3.0, readers, torch.device("cpu")) as batches:
         number = 0
-        for items, batch in zip(planned, batches, strict=True):
-            want = reader.read(items)
-            assert batch.ids == want.ids
+        for wanted, batch in zip(planned, batches, strict=True):
+            want = reader.read(wanted)
+            assert (batch.ids, batch.number) == (want.ids, wanted.number)
             for got, expected in zip(tensors_of(batch), tensors_of(want), strict=True):
                 assert got.dtype == expected.dtype
                 assert torch.equal(got, expected)
@@ -179,10 +179,10 @@ def test_what_reader_processes_bring_is_what_is_read_here(world, readers):
 
 def test_a_batch_may_hold_thousands_of_utterances(world):
     reader, _ = open_reader(world)
-    items = [Item(u % len(world.manifest), FrameSpan(u % 7, 1)) for u in range(4_000)]
-    with reader.ahead(iter([items] * 6), 100.0, 1, torch.device("cpu")) as batches:
+    planned = Planned(0, [Item(u % len(world.manifest), FrameSpan(u % 7, 1)) for u in range(4_000)])
+    with reader.ahead(iter([planned] * 6), 100.0, 1, torch.device("cpu")) as batches:
         (*_, last) = batches
-    want = reader.read(items)
+    want = reader.read(planned)
     assert torch.equal(last.targets[0], want.targets[0])
     assert torch.equal(last.waves, want.waves)
 
@@ -196,7 +196,7 @@ def test_damage_that_a_reader_process_meets_is_told_here(world, tmp_path, monkey
         shard.write_bytes(shard.read_bytes()[:-9] + bytes(9))
     with (
         pytest.raises(StoreError, match=r"layer-01/c/\d/0: the shard's index is damaged"),
-        reader.ahead(iter(plan), 3.0, 1, torch.device("cpu")) as batches,
+        reader.ahead(map(Planned, range(len(plan)), plan), 3.0, 1, torch.device("cpu")) as batches,
     ):
         list(batches)
 
@@ -239,7 +239,7 @@ def test_the_student_gives_a_frame_for_every_target_of_a_batch(world):
     reader, _ = open_reader(world)
     encoder = Encoder(EncoderShape.model_validate(SHAPE))
     for items in plan_epoch(world.manifest.samples, Aligned(kind="aligned", max_seconds=0.4), 3.0, 0, 1):
-        batch = reader.read(items)
+        batch = reader.read_clean(items)
         with torch.no_grad():
             assert encoder(batch.waves.float() / 32_768, batch.samples).hidden[-1].shape[1] == batch.targets[0].shape[2]
 
@@ -249,7 +249,7 @@ def test_whole_utterances_under_the_teachers_own_weights_give_back_the_stored_ta
 
     reader, _ = open_reader(world)
     teacher = load_student(world.root / "teachers/hubert")
-    batch = reader.read([Item(u, None) for u in range(len(world.manifest))])
+    batch = reader.read_clean([Item(u, None) for u in range(len(world.manifest))])
     with torch.no_grad():
         states = teacher(batch.waves.float() / 32_768, batch.samples).hidden
     for row, count in enumerate(batch.frames.tolist()):
