@@ -54,6 +54,7 @@ SHAPE = EncoderShape(
     feature_norm=True,
     feature_norm_width=None,
     feature_scale=False,
+    projection=True,
     normalise=False,
     width=24,
     heads=(3, 3),

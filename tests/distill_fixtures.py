@@ -31,6 +31,7 @@ SHAPE: dict[str, Any] = {
     "feature_norm": True,
     "feature_norm_width": None,
     "feature_scale": False,
+    "projection": True,
     "normalise": False,
     "width": 16,
     "heads": [2, 2, 2],

@@ -22,6 +22,7 @@ HUBERT_LIKE = EncoderShape(
     feature_norm=True,
     feature_norm_width=None,
     feature_scale=False,
+    projection=True,
     normalise=False,
     width=16,
     heads=(4, 3, 2),

@@ -22,7 +22,7 @@ from pipeline.teachers.mel import LogMel, filter_banks
 from pipeline.teachers.sources import Folder, TeacherParams, materialise
 from stages.teacher import app
 from tests.conftest import TINY_HUBERT
-from tests.test_student_encoder import TINY as TINY_STUDENT
+from tests.student_fixtures import TINY as TINY_STUDENT
 from tests.test_teachers_forward import FRONTS, speech_like
 
 pytestmark = [

@@ -107,6 +107,11 @@ def check_prunable(shape: EncoderShape, params: PruneParams) -> None:
             "prune.units has conv, but the shape's front_norm is layer: a LayerNorm over the channels sees which ones are"
             " gone, so masking and removing them differ; prune heads and ffn only"
         )
+    if "conv" in params.units and not shape.projection:
+        raise SettingsError(
+            "prune.units has conv, but the shape has no projection: the last convolution's channels are the width; prune"
+            " heads and ffn only"
+        )
     if "heads" in params.units and shape.shares_attention is not None and any(shape.shares_attention):
         raise SettingsError(
             "prune.units has heads, but some blocks share the attention map of the block before (shares_attention), head"

@@ -116,6 +116,7 @@ def read_shape(teacher_dir: Path, normalise: bool = False) -> EncoderShape:
         feature_norm=config.get("feat_proj_layer_norm", True),
         feature_norm_width=None,
         feature_scale=False,
+        projection=True,
         normalise=normalise,
         width=config["hidden_size"],
         heads=(heads,) * blocks,

@@ -72,7 +72,8 @@ class Context(NamedTuple):
 class Attention(nn.Module):
     """Multi-head self-attention; its heads need not fill the width, and there may be none.
 
-    A map that is shared is shared without its dropout: each block that attends with it draws its own.
+    A map is shared as it was before dropout, and who attends with the map of another block does so without dropout, as
+    ARMHuBERT does.
     """
 
     def __init__(self, shape: EncoderShape, index: int) -> None:
@@ -105,7 +106,7 @@ class Attention(nn.Module):
         """What to add to `x`, and the map for the next block if that shares it; `head_gate` multiplies the heads."""
         if self.value is None:
             return self.out(x), None
-        dropout = self.dropout if self.training else 0.0
+        dropout = self.dropout if self.training and not self.shares else 0.0
         weights = None
         if self.shares or self.is_shared:
             weights = context.weights if self.shares else self._weights(x, context)

@@ -48,7 +48,7 @@ def compact(encoder: Encoder, gates: GateValues) -> Encoder:
     for number, (head, unit) in enumerate(zip(heads, ffn, strict=True)):
         _remove_heads(weights, f"blocks.{number}.attention.", head, gates.heads[number], shape.head_width)
         _remove_units(weights, f"blocks.{number}.ffn_", unit, gates.ffn[number])
-    parameter = encoder.projection.weight
+    parameter = encoder.norm.weight
     built = Encoder(smaller, encoder.feature_grad_mult).to(parameter.device, parameter.dtype)
     built.load_state_dict(weights)
     return built.train(encoder.training)
@@ -64,6 +64,11 @@ def _check(shape: EncoderShape, gates: GateValues) -> None:
     if shape.front_norm == "layer" and any(bool((values != 1).any()) for values in gates.conv):
         raise SettingsError(
             "channels cannot be removed where front_norm is layer: a LayerNorm over the channels sees which are gone;"
+            " leave conv out of prune.units"
+        )
+    if not shape.projection and bool((gates.conv[-1] != 1).any()):
+        raise SettingsError(
+            "channels of the last convolution cannot be removed where there is no projection: they are the width;"
             " leave conv out of prune.units"
         )
     shared = any(shape.shares_attention or ())

@@ -126,7 +126,7 @@ class Encoder(nn.Module):
         self.feature_norm: nn.LayerNorm | None = None
         if shape.feature_norm:
             self.feature_norm = nn.LayerNorm(channels) if counted is None else CountingNorm(channels, counted)
-        self.projection = nn.Linear(channels, shape.width)
+        self.projection = nn.Linear(channels, shape.width) if shape.projection else None
         self.position = PositionalConv(shape.width, shape.position_kernel, shape.position_groups)
         self.norm = nn.LayerNorm(shape.width)
         self.blocks = nn.ModuleList(Block(shape, i) for i in range(shape.num_blocks))
@@ -157,7 +157,7 @@ class Encoder(nn.Module):
             features = self.feature_norm(features)
             if gates is not None:
                 features = features * (gates.conv[-1] != 0)
-        x = self.feature_dropout(self.projection(features))
+        x = self.feature_dropout(features if self.projection is None else self.projection(features))
         x = projection = x.masked_fill(~mask[..., None], 0.0)  # what the positional convolution would see past the end
         if hide is not None and hide.frames is not None:
             x = x.masked_fill(hide.frames[:, :, None], 0.0)

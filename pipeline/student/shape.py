@@ -66,6 +66,8 @@ class EncoderShape(BaseModel, frozen=True, extra="forbid"):
     """Channels that norm counts, those pruned away as zeros; null: those that are there."""
     feature_scale: bool
     """A factor on each channel before that norm, which does not learn: what pruning left of its gates (DPHuBERT)."""
+    projection: bool
+    """Linear layer from the last convolution's channels to the width; thin students whose convolutions end in it have none."""
     normalise: bool
     """Bring every waveform to zero mean and unit variance first; goes with front_norm: layer."""
     width: PositiveInt
@@ -117,6 +119,11 @@ class EncoderShape(BaseModel, frozen=True, extra="forbid"):
             raise ValueError(
                 f"conv_spans sees {field} samples every {hop}; students give a frame for {FIELD} samples every {HOP}, "
                 "as their teachers do"
+            )
+        if not self.projection and self.conv_channels[-1] != self.width:
+            raise ValueError(
+                f"projection: false, but the last convolution has {self.conv_channels[-1]} channels and the width is "
+                f"{self.width}"
             )
         if self.feature_norm_width is not None and not self.feature_norm:
             raise ValueError("feature_norm_width without feature_norm: there is no norm to count channels")

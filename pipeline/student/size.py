@@ -31,7 +31,7 @@ def parameters(shape: EncoderShape, counts: Counts, scaled: bool) -> Float[Tenso
     size = (torch.cat([conv.new_ones(1), conv[:-1]]) * conv * kernels).sum()
     size = size + shape.conv_bias * conv.sum()
     size = size + 2 * (conv.sum() if shape.front_norm == "layer" else conv[0])
-    size = size + conv[-1] * (2 * shape.feature_norm + scaled) + (conv[-1] + 1) * width
+    size = size + conv[-1] * (2 * shape.feature_norm + scaled) + shape.projection * (conv[-1] + 1) * width
     size = (
         size + shape.position_kernel * (width * (width // shape.position_groups) + 1) + width
     )  # positional convolution
