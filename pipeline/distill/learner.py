@@ -88,7 +88,8 @@ class Learner(nn.Module):
         more = [] if pruning is None else pruning.control.groups(pruning.gates)
         self.optimizer = make_optimizer(modules, phase.learning_rate, params.train.weight_decay, more)
         self._closed: GateValues | None = None
-        self._encode = self.encoder if params.train.compile_seconds is None else torch.compile(self.encoder)
+        # a bound method: as a module it would be in the state twice
+        self._encode = encoder.forward if params.train.compile_seconds is None else torch.compile(encoder.forward)
 
     def forward(self, batch: Batch) -> tuple[dict[str, Float[Tensor, " N"]], list[Float[Tensor, "B _ T _"]]]:
         """Of a batch, the sums over frames of each target's loss terms, and the predictions (B, N, T, E) of each group."""
@@ -189,7 +190,7 @@ class Learner(nn.Module):
         sparsity = expected_sparsity(self.shape, self.pruning.gates)
         # every process adds its part: gradients are summed
         (self.pruning.control.regulariser(sparsity, step) / self.world.size).backward()
-        return {"sparsity": float(sparsity)}
+        return {"sparsity": float(sparsity.detach())}
 
     def _weighted(self, per_target: dict[str, Float[Tensor, " N"]]) -> Float[Tensor, " M"]:
         """Every term as one number: the weighted sum over targets."""

@@ -84,20 +84,24 @@ def scale_follows(shape: EncoderShape, units: Sequence[Unit]) -> bool:
 def fit(shape: EncoderShape, gates: Gates, size: int) -> Bool[Tensor, " N"]:
     """Which units stay so that the encoder has as nearly `size` parameters as it can have.
 
-    DPHuBERT rounds layer by layer, and in a small model one head is more than a percent. Here the units of the finest
-    gated kind settle the rest: from DPHuBERT's choice on, the least likely of them go, or the likeliest come back.
+    DPHuBERT rounds layer by layer, and in a small model one head is more than a percent. Here all gates move together
+    until this is the size to expect (not at all, if training has led it there), are rounded layer by layer, and then the
+    finest kind settles the rest: the least likely of its units go, or the likeliest come back. Where there are too few of
+    them, those of the next kind follow.
     """
-    kept = gates.kept()
-    unit = next(unit for unit in ("ffn", "conv", "heads") if unit in gates.units)
+    kept = gates.kept(_shift(shape, gates, size))
     scaled = scale_follows(shape, gates.units)
 
     def size_of(mask: Bool[Tensor, " N"]) -> int:
         return int(parameters(shape, gates.counts(mask.to(gates.log_alpha.dtype)), scaled))
 
-    movable = torch.cat([part for kind in gates.units for part in _movable(gates, kind, kind == unit)])
     too_big = size_of(kept) > size
-    order = (gates.log_alpha if too_big else -gates.log_alpha).argsort(stable=True)
-    order = order[(movable & (kept == too_big))[order]]
+    likely = (gates.log_alpha if too_big else -gates.log_alpha).argsort(stable=True)
+    finest_first = []
+    for unit in (unit for unit in ("ffn", "conv", "heads") if unit in gates.units):
+        movable = torch.cat([part for kind in gates.units for part in _movable(gates, kind, kind == unit)])
+        finest_first.append(likely[(movable & (kept == too_big))[likely]])
+    order = torch.cat(finest_first)
 
     def after(moves: int) -> Bool[Tensor, " N"]:
         mask = kept.clone()
@@ -111,6 +115,16 @@ def fit(shape: EncoderShape, gates: Gates, size: int) -> Bool[Tensor, " N"]:
         few, many = (middle, many) if (reached >= size if too_big else reached <= size) else (few, middle - 1)
     candidates = [after(few), after(min(few + 1, len(order)))]
     return min(candidates, key=lambda mask: abs(size_of(mask) - size))
+
+
+def _shift(shape: EncoderShape, gates: Gates, size: int) -> float:
+    """What to add to every log_alpha so that `size` parameters are expected; the size grows with it."""
+    scaled, low, high = scale_follows(shape, gates.units), -64.0, 64.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        too_small = parameters(shape, gates.counts(gates.keep(middle)), scaled) < size
+        low, high = (middle, high) if too_small else (low, middle)
+    return (low + high) / 2
 
 
 def _movable(gates: Gates, unit: Unit, chosen: bool) -> list[Bool[Tensor, " _"]]:
