@@ -78,9 +78,9 @@ class Gates(nn.Module):
         ]
         self.log_alpha = nn.Parameter(torch.cat(drawn) if drawn else torch.empty(0))
 
-    def keep(self) -> Float[Tensor, " N"]:
-        """P(z > 0): how likely each gate is to be open at all; differentiable."""
-        return torch.sigmoid(self.log_alpha + OPEN)
+    def keep(self, shift: float = 0.0) -> Float[Tensor, " N"]:
+        """P(z > 0): how likely each gate is to be open at all, were log_alpha larger by `shift`; differentiable."""
+        return torch.sigmoid(self.log_alpha + (OPEN + shift))
 
     def sample(self, generator: torch.Generator | None = None) -> GateValues:
         """What the gates let through in one step of training; differentiable.
@@ -96,16 +96,17 @@ class Gates(nn.Module):
         return self.values((s * (HIGH - LOW) + LOW).clamp(0.0, 1.0))
 
     @torch.no_grad()
-    def kept(self) -> Bool[Tensor, " N"]:
+    def kept(self, shift: float = 0.0) -> Bool[Tensor, " N"]:
         """Which units stay, by DPHuBERT's rule: of each layer round(n - expected number) go, the least likely ones.
 
-        A convolution keeps one channel at least, because without any there is nothing left to learn from.
+        With a `shift`, as if log_alpha were larger by so much. A convolution keeps one channel at least, because without
+        any there is nothing left to learn from.
         """
         kept = torch.ones_like(self.log_alpha, dtype=torch.bool)
         start = 0
         for kind, size in [(unit, size) for unit in self.units for size in self.sizes[unit]]:
             own = self.log_alpha[start : start + size]
-            closing = round(size - torch.sigmoid(own.double() + OPEN).sum().item())
+            closing = round(size - torch.sigmoid(own.double() + (OPEN + shift)).sum().item())
             order = own.argsort(stable=True)[: min(closing, size - (kind == "conv"))]
             kept[start + order] = False
             start += size
