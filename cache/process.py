@@ -18,6 +18,7 @@ from pathlib import Path
 from cache.errors import ResourceError
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
+LAUNCHERS = ("DVC_ROOT", "TORCHELASTIC_RUN_ID")  # what they set for the commands they start
 ORPHAN_SECONDS = 30.0  # for what a dead process's child is doing: flushing one shard to a slow disk
 
 
@@ -72,12 +73,12 @@ def _is_dead(holder: str) -> bool:
 
 
 def die_with_parent() -> None:
-    """Under DVC, end when the parent ends, so that a killed `dvc repro` leaves no writer behind.
+    """Under DVC and torchrun, end when the parent ends, so that a killed `dvc repro` leaves no writer behind.
 
-    Only under DVC (it sets DVC_ROOT): a command started by hand with `nohup` is meant to outlive its shell. Linux only;
-    elsewhere the lock alone keeps a second writer out.
+    Only there (they set DVC_ROOT and TORCHELASTIC_RUN_ID): a command started by hand with `nohup` is meant to outlive its
+    shell. Linux only; elsewhere the lock alone keeps a second writer out.
     """
-    if sys.platform == "linux" and "DVC_ROOT" in os.environ:
+    if sys.platform == "linux" and any(name in os.environ for name in LAUNCHERS):
         parent = os.getppid()
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:  # it died before the call

@@ -25,7 +25,6 @@ def main(
     from cache.errors import SettingsError
     from cache.manifest import read_manifest
     from cache.receipts import open_receipt
-    from pipeline.devices import choose_device
     from pipeline.distill.settings import StudentParams, phases_of
     from pipeline.distill.train import distil
     from pipeline.distill.world import join_world
@@ -33,16 +32,16 @@ def main(
     from stages._params import read_params
     from stages._progress import progress
 
-    settings: StudentParams = read_params(f"students.{name}", StudentParams, params)
-    chosen, utterances, store = read_targets(targets), read_manifest(manifest), open_receipt(waves, verify)
-    place, steps = choose_device(device), sum(phase.steps for phase in phases_of(settings))
-    with join_world(place) as (world, own):
+    with join_world(device) as (world, own):
+        settings: StudentParams = read_params(f"students.{name}", StudentParams, params)
+        chosen, utterances, store = read_targets(targets), read_manifest(manifest), open_receipt(waves, verify)
+        steps = sum(phase.steps for phase in phases_of(settings))
 
         def say(line: str) -> None:
             if world.leads:
                 print(f"distill {name}: {line}", flush=True)
 
-        if settings.train.precision == "bfloat16" and not place.startswith("cuda"):
+        if settings.train.precision == "bfloat16" and not own.startswith("cuda"):
             say("bfloat16 is for GPUs: this run computes in float32")
         try:
             start = open_init(chosen, settings.init, init)

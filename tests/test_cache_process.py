@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from cache.process import LAUNCHERS
+
 CHILD = (
     "from cache.process import die_with_parent; import time; die_with_parent(); print('up', flush=True); time.sleep(30)"
 )
@@ -28,11 +30,11 @@ def is_running(pid):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")
-@pytest.mark.parametrize(("under_dvc", "survives"), [(True, False), (False, True)])
-def test_a_killed_parent_takes_its_stage_along_only_under_dvc(under_dvc, survives):
-    environment = {k: v for k, v in os.environ.items() if k != "DVC_ROOT"}
-    if under_dvc:
-        environment["DVC_ROOT"] = "."
+@pytest.mark.parametrize(("launcher", "survives"), [("DVC_ROOT", False), ("TORCHELASTIC_RUN_ID", False), (None, True)])
+def test_a_killed_parent_takes_its_stage_along_only_under_dvc_and_torchrun(launcher, survives):
+    environment = {k: v for k, v in os.environ.items() if k not in LAUNCHERS}
+    if launcher is not None:
+        environment[launcher] = "."
     parent = subprocess.Popen([sys.executable, "-c", PARENT], env=environment, stdout=subprocess.PIPE, text=True)
     child = int(parent.stdout.readline())
     assert is_running(child)

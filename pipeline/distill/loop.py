@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import save
 
-from cache.errors import DataError, DecantError, Interrupted
+from cache.errors import Interrupted
 from cache.frames import num_frames
-from cache.publish import write_json
 from pipeline.distill.batches import Batch, BatchReader
 from pipeline.distill.build import next_learner, restored
 from pipeline.distill.curves import Curves, Log
-from pipeline.distill.learner import Learner, Update, seed_of
+from pipeline.distill.learner import Learner, Update
+from pipeline.distill.notfinite import not_finite
 from pipeline.distill.plan import Planned, WithinShards, plan_epoch
 from pipeline.distill.settings import StudentParams, phases_of
 from pipeline.distill.snapshots import Snapshots
@@ -75,6 +74,7 @@ def train(learner: Learner, run: Run) -> tuple[Learner, Progress]:
     found = find_state(run.directory, run.say)
     wait_for_all(run.world)  # nobody writes a state before all have read the same
     progress = Progress() if found is None else found.progress
+    run.snapshots.forget(progress, run.say)
     path, terms = run.directory / "curves.csv", run.params.train.loss_weights.terms
     more = () if run.params.prune is None else ("sparsity",)
     with Curves(path, terms, more, run.target_names, progress.curves_bytes, run.world, run.logs) as curves:
@@ -121,7 +121,7 @@ def _train_phase(learner: Learner, run: Run, progress: Progress, curves: Curves,
             progress.epoch, progress.position = step.ends
             progress.batches += len(step.mine) * run.world.size
             if not update.is_finite:
-                raise _not_finite(learner, step, update, run, progress.step)
+                raise not_finite(learner, reader, step.mine, update, run.directory, progress.step)
             _add_to_sums(progress, update)
             last = progress.step == steps
             validating = train.validate_every is not None and (last or progress.step % train.validate_every == 0)
@@ -130,7 +130,7 @@ def _train_phase(learner: Learner, run: Run, progress: Progress, curves: Curves,
                 if not learner.phase.prunes:  # with gates it is no student yet
                     _remember_best(progress)
                     if run.world.leads:
-                        run.snapshots.take(learner.encoder, progress)
+                        run.snapshots.take(learner, progress)
             if last or validating or progress.step % train.log_every == 0:
                 means = {name: value / progress.summed for name, value in progress.sums.items()}
                 dev = _dev_columns(progress) if validating else {}
@@ -141,6 +141,7 @@ def _train_phase(learner: Learner, run: Run, progress: Progress, curves: Curves,
                 progress.curves_bytes = curves.flush()
                 if run.world.leads:
                     save_state(run.directory, progress, learner.shape, learner, learner.optimizer)
+                    run.snapshots.drop(progress)
             run.tick(1, note=f"l1 {update.terms['l1']:.3f} cosine {update.terms['cosine']:.3f}")
             if stop:
                 wait_for_all(run.world)
@@ -221,37 +222,3 @@ def _add_to_sums(progress: Progress, update: Update) -> None:
     for name, value in {**update.terms, "grad_norm": update.grad_norm}.items():
         progress.sums[name] = progress.sums.get(name, 0.0) + value
     progress.summed += 1
-
-
-def _not_finite(learner: Learner, step: Step, update: Update, run: Run, number: int) -> DecantError:
-    """Keep what led to a loss that is no number, and the error that tells of it. The last good state stays."""
-    learner.train()
-    reader = run.readers_of["train"]
-    for planned in step.mine:  # read anew: the buffers of those before the last are used again
-        batch = reader.read(planned)
-        torch.manual_seed(seed_of(run.params.seed, planned.number))
-        with torch.no_grad():
-            per_target, predicted = learner(batch)
-        if not bool(torch.isfinite(per_target["total"]).all()):
-            break
-    place = run.directory / f"not-finite-{number:09d}-{run.world.rank}"
-    place.mkdir(exist_ok=True)
-    tensors = {"waves": batch.waves, "samples": batch.samples, "frames": batch.frames}
-    tensors |= {f"targets.{k}": rows for k, rows in enumerate(batch.targets)}
-    tensors |= {f"predicted.{g}": p.float().cpu().contiguous() for g, p in enumerate(predicted)}
-    (place / "batch.safetensors").write_bytes(save(tensors))
-    write_json(place / "batch.json", {"step": number, "ids": batch.ids, "rate": update.rate})
-    targets = learner.make_targets([rows.to(learner.device) for rows in batch.targets])
-    bad = [
-        name
-        for b, (name, count) in enumerate(zip(batch.ids, batch.frames.tolist(), strict=True))
-        if not all(bool(torch.isfinite(group[b, :, :count]).all()) for group in targets)
-    ]
-    where = f"batch and predictions are in {place}"
-    if bad:
-        return DataError(f"step {number}: the targets of {', '.join(bad)} are not finite; extract them again; {where}")
-    ids = ", ".join(batch.ids[:8]) + (" ..." if len(batch.ids) > 8 else "")
-    return DecantError(
-        f"step {number}: loss or gradient is not finite (batch of {ids}); "
-        f"lower train.learning_rate, set train.clip, or use precision: float32; {where}"
-    )

@@ -11,8 +11,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
-
 from cache.errors import DataError, StoreError
 from cache.frames import RATE_HZ
 from cache.manifest import Manifest
@@ -26,14 +24,13 @@ from pipeline.distill.ensemble import TargetMaker
 from pipeline.distill.learner import Learner
 from pipeline.distill.loop import Run, train
 from pipeline.distill.settings import StudentParams
-from pipeline.distill.snapshots import Snapshots
+from pipeline.distill.snapshots import Snapshots, write_student
 from pipeline.distill.state import Progress
 from pipeline.distill.world import ALONE, World, wait_for_all
 from pipeline.distortion.distort import folders_of
 from pipeline.interrupt import stop_requested
 from pipeline.layers.targets import Targets, check_targets, open_targets, targets_json
 from pipeline.states import Say, discard_other
-from pipeline.student.checkpoint import save_student
 from pipeline.student.encoder import count_parameters
 
 Tick = Callable[..., None]
@@ -136,9 +133,7 @@ def _publish(
         if run.params.train.publish == "best" and best is not None and best["step"] != progress.step:
             run.snapshots.copy(int(best["step"]), partial)
         else:
-            save_student(partial, learner.encoder, facts)
-        predictor = {name: t.detach().cpu().contiguous() for name, t in learner.predictor.kept().items()}
-        (partial / "heads.safetensors").write_bytes(save(predictor))
+            write_student(partial, learner, facts)
         run.snapshots.publish(partial / "checkpoints")
         shutil.copyfile(run.directory / "curves.csv", partial / "curves.csv")
         write_json(partial / "metrics.json", metrics)

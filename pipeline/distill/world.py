@@ -5,16 +5,21 @@ of the loss. Gradients are added up by hand: `DistributedDataParallel` takes the
 over frames, and insists that every parameter takes part in every step, which a student of chosen layers does not.
 """
 
+import atexit
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cache.errors import ResourceError
+from cache.errors import DecantError, ResourceError
+from pipeline.devices import choose_device
+
+TO_TELL = timedelta(seconds=10)  # for the process that has an error to print it
 
 
 class World(NamedTuple):
@@ -36,23 +41,51 @@ ALONE = World(0, 1)
 def join_world(device: str) -> Iterator[tuple[World, str]]:
     """Meet the other processes that torchrun started; gives this one's place and its device. Without torchrun: alone.
 
+    An error within that several of them have, or that takes the others along, is raised by the first one that has it; the
+    others end without a word, with the same exit code.
+
+    Args:
+        device: as a person types it: cpu, cuda, cuda:1, auto.
+
     Raises:
+        SettingsError: a device that this machine does not have.
         ResourceError: the others cannot be reached.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
-        yield ALONE, device
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield ALONE, choose_device(device)
         return
-    cuda = device.startswith("cuda")
-    if cuda:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
     with _others_needed():
-        dist.init_process_group("nccl" if cuda else "gloo")
+        store, rank, size = next(dist.rendezvous("env://"))
+    with _told_once(store):
+        device = choose_device(device)
+        cuda = device.startswith("cuda")
+        if cuda:
+            device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
+            torch.cuda.set_device(device)
+        with _others_needed():
+            dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size)
+        try:
+            yield World(rank, size), device
+        finally:
+            dist.destroy_process_group()
+
+
+@contextmanager
+def _told_once(store: dist.Store) -> Iterator[None]:
     try:
-        yield World(dist.get_rank(), size), device
-    finally:
-        dist.destroy_process_group()
+        yield
+    except DecantError as error:
+        try:
+            is_first = store.add("errors", 1) == 1
+            if is_first:
+                atexit.register(store.set, "told", "")  # after the message is printed
+            else:  # the launcher kills all when one has ended: not before the one that speaks has spoken
+                store.wait(["told"], TO_TELL)
+        except RuntimeError:  # the launcher has gone, or the one that was to speak
+            is_first = os.environ["RANK"] == "0"
+        if is_first:
+            raise
+        raise SystemExit(error.exit_code) from error
 
 
 def wait_for_all(world: World) -> None:
