@@ -1,7 +1,7 @@
 """A model, a manifest and what to keep in; bytes, files and hours of the whole extraction out, before any of it is run.
 
 Bytes and files are exact: the plan is a pure function of the manifest. Hours come from a short sample that is forwarded
-and encoded as extraction does it.
+and encoded batch after batch; on a CPU extraction runs batches side by side, which takes a fourth less.
 """
 
 import time
