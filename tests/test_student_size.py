@@ -67,6 +67,21 @@ def test_the_expected_size_of_decided_gates_is_the_counted_size_after_removal(na
     assert round(expected_parameters(shape, gates).item(), 6) == count_parameters(smaller)
 
 
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_block_without_heads_or_units_is_counted_without_what_goes_with_them(name):
+    shape = SHAPES[name]
+    gates = random_gates(shape, units=("heads", "ffn"))
+    heads, ffn = sum(shape.heads), sum(shape.ffn)
+    kept = torch.ones(heads + ffn, dtype=torch.bool)
+    kept[: shape.heads[0]] = False  # all of the first block
+    kept[-shape.ffn[-1] :] = False  # all of the last one
+    with torch.no_grad():
+        gates.log_alpha.copy_(torch.where(kept, 80.0, -80.0))
+    smaller = compact(Encoder(shape), gates.closed())
+    assert (smaller.shape.heads[0], smaller.shape.ffn[-1]) == (0, 0)
+    assert round(expected_parameters(shape, gates).item(), 6) == count_parameters(smaller)
+
+
 @pytest.mark.parametrize("name", ["HuBERT", "WavLM"])
 def test_the_expected_size_is_the_mean_size_over_draws(name):
     shape = SHAPES[name]
