@@ -1,6 +1,8 @@
 """Noisy students: the same noise from any readers, in any order, after resuming; clean targets; masks as often as asked."""
 
+import csv
 import pickle
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -15,8 +17,12 @@ from pipeline.distill.augment import AugmentParams, HideParams, draw_hidden, spa
 from pipeline.distill.batches import BatchReader
 from pipeline.distill.noisy import NoisyBatches, as_int16
 from pipeline.distill.plan import Aligned, Item, Planned, plan_epoch
+from pipeline.distill.settings import StudentParams
+from pipeline.distill.train import distil
 from pipeline.distortion.distort import Distortion
-from tests.distill_fixtures import make_world
+from pipeline.layers.choose import choose_targets
+from stages._params import read_params
+from tests.distill_fixtures import make_world, write_params
 
 CPU = torch.device("cpu")
 CROP = Aligned(kind="aligned", max_seconds=0.6)
@@ -74,13 +80,11 @@ def same(got, want):
 def test_the_noise_is_the_same_from_any_number_of_readers_after_resuming_and_in_any_order(world):
     planned = two_epochs(world)
     alone = read_ahead(open_reader(world, EVERYTHING), planned)
-    # a training that is resumed asks for what is left; its process knows nothing of what was before
-    left = {number: alone[number] for number in range(3, len(planned))}
-    assert same(read_ahead(open_reader(world, EVERYTHING), planned[3:]), left)
     assert same(read_ahead(open_reader(world, EVERYTHING), planned[::-1], readers=2), alone)
-    # this process makes what reader processes make
+    # a training that is resumed asks for what is left, and knows nothing of what was before; this process makes the same
     reader = open_reader(world, EVERYTHING)
-    assert same({p.number: reader.read(p) for p in planned}, alone)
+    left = {number: alone[number] for number in range(3, len(planned))}
+    assert same({p.number: reader.read(p) for p in planned[3:]}, left)
 
 
 def test_the_noise_of_an_utterance_does_not_depend_on_the_rows_beside_it(world):
@@ -125,8 +129,9 @@ def test_targets_lengths_and_padding_stay_as_they_are_and_so_does_validation(wor
 def test_a_probability_of_zero_is_no_distortion_bit_for_bit(world):
     never = {"reverberation": ROOM, "noise": NOISE, "gaussian": GAUSSIAN}
     never = distortion(**{name: {**part, "probability": 0.0} for name, part in never.items()})
+    never, off = open_reader(world, never), open_reader(world)
     planned = two_epochs(world)
-    assert same(read_ahead(open_reader(world, never), planned), read_ahead(open_reader(world), planned))
+    assert same({p.number: never.read(p) for p in planned}, {p.number: off.read(p) for p in planned})
 
 
 @pytest.mark.parametrize("snr", [0.0, 10.0, 20.0])
@@ -166,13 +171,8 @@ def test_babble_is_made_of_other_utterances_of_the_same_split(world):
         assert peaks[best] == pytest.approx(1.0, abs=0.3)  # that stretch at the loudness of this one
         assert sorted(peaks)[-2] < 0.3
     alone = Manifest((train[0],))
-    with (
-        pytest.raises(DataError, match="there is only one"),
-        open_reader(world, distortion(noise=one), manifest=alone).ahead(
-            iter([Planned(0, [Item(0, None)])]), 3.0, 1, CPU
-        ) as batches,
-    ):
-        next(batches)
+    with pytest.raises(DataError, match="there is only one"):
+        open_reader(world, distortion(noise=one), manifest=alone).read(Planned(0, [Item(0, None)]))
 
 
 def test_noise_of_a_folder_reaches_the_reader_processes(world, tmp_path, monkeypatch):
@@ -255,3 +255,93 @@ def test_settings_that_mean_nothing_are_refused():
             hide(**wrong)
     with pytest.raises(ValidationError, match="hide"):  # a switch that is off is written down
         AugmentParams.model_validate({"distort": None})
+
+
+HARDER = {
+    "distort": {"combine": "each", "reverberation": ROOM, "noise": NOISE, "gaussian": GAUSSIAN},
+    "hide": {"time": {"probability": 0.3, "frames": 4}, "channels": {"probability": 0.2, "width": 3}},
+}
+
+
+class Stopped(Exception):
+    """What a test ends a training with."""
+
+
+def distilled(world, out, augment, readers=1, stop_after=None, said=None):
+    """Weights and curves of a student of twelve steps."""
+    write_params(world, augment=augment)
+    params = read_params("students.distil", StudentParams, world.root / "params.yaml")
+    targets = choose_targets(params.ensemble, world.root / "receipts", params.init, world.root / "init")
+    steps = [0]
+
+    def tick(count, note="", found=False):
+        steps[0] += count
+        if steps[0] == stop_after:
+            raise Stopped
+
+    waves, init = open_receipt(world.root / "receipts/waves.json"), [world.root / "init/hubert.safetensors"]
+    say = (lambda _: None) if said is None else said.append
+    folder = world.root / out
+    with single_thread():
+        distil(params, targets, world.manifest, waves, init, folder, "cpu", tick, say, readers)
+    return {name: (folder / name).read_bytes() for name in ("weights.safetensors", "heads.safetensors", "curves.csv")}
+
+
+@contextmanager
+def single_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_noisy_student_is_the_same_from_two_readers_and_after_a_stop_and_another_than_a_clean_one(world):
+    whole = distilled(world, "models/whole", HARDER)
+    with pytest.raises(Stopped):
+        distilled(world, "models/again", HARDER, stop_after=7)
+    said = []
+    assert distilled(world, "models/again", HARDER, readers=2, said=said) == whole
+    assert any("going on after step 6 of 12" in line for line in said)
+    clean = distilled(world, "models/clean", None)
+    assert clean["weights.safetensors"] != whole["weights.safetensors"]
+    # before the first step both students are the same, and validation is clean for both
+    first = [csv.DictReader(one["curves.csv"].decode().splitlines()) for one in (clean, whole)]
+    (before, noisy_before), (*_, after), (*_, noisy_after) = [next(rows) for rows in first], *first
+    assert before["dev_total"] == noisy_before["dev_total"]
+    assert after["dev_total"] != noisy_after["dev_total"]
+
+
+def test_settings_that_switch_nothing_on_train_the_same_student_bit_for_bit(world):
+    nothing = {"distort": None, "hide": {"time": None, "channels": None}}
+    never = {
+        "distort": {
+            "combine": "each",
+            "reverberation": None,
+            "noise": None,
+            "gaussian": {**GAUSSIAN, "probability": 0.0},
+        },
+        "hide": {"time": {"probability": 0.0, "frames": 10}, "channels": {"probability": 0.0, "width": 4}},
+    }
+    clean = distilled(world, "models/off", None)
+    assert distilled(world, "models/nothing", nothing) == clean
+    assert distilled(world, "models/never", never) == clean
+
+
+def test_a_folder_of_noise_that_has_changed_begins_the_training_anew(world, tmp_path):
+    hiss = np.random.default_rng(0).normal(0, 0.1, 30_000)
+    soundfile.write(tmp_path / "hiss.wav", hiss, 16_000, "FLOAT")
+    folder = {"probability": 1.0, "sources": [{"kind": "folder", "path": str(tmp_path)}], "snr_db": [5.0, 5.0]}
+    augment = {"distort": {"combine": "each", "reverberation": None, "noise": folder, "gaussian": None}, "hide": None}
+    said = []
+    with pytest.raises(Stopped):
+        distilled(world, "models/folder", augment, stop_after=7)
+    with pytest.raises(Stopped):
+        distilled(world, "models/folder", augment, stop_after=6, said=said)  # as soon as it has found the state
+    soundfile.write(tmp_path / "more.wav", hiss[:9_000], 16_000, "FLOAT")
+    with pytest.raises(Stopped):
+        distilled(world, "models/folder", augment, stop_after=0, said=said)
+    went_on, thrown_away = said
+    assert went_on == "going on after step 6 of 12"
+    assert thrown_away.endswith("is of other noise: thrown away, starting at step 0")
