@@ -10,7 +10,6 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import BaseModel, Field, model_validator
 
 from cache.errors import SettingsError
-from cache.names import array_name
 from pipeline.extraction.settings import Layer
 
 Layers = Annotated[tuple[Layer, ...], Field(min_length=1)]
@@ -178,19 +177,6 @@ def head_groups(ensemble: AnyEnsemble, widths: list[int]) -> list[HeadGroup]:
             f"ensemble: {{kind: average}} needs layers of one width, and there are {named}; choose heads or concat"
         )
     return [HeadGroup(len(teachers[0].layers), widths[0], 1.0)]
-
-
-def target_names(ensemble: AnyEnsemble) -> list[str]:
-    """A name for every target, in the order of the heads, such as `hubert.layer-04`; curves have it in their columns."""
-    if isinstance(ensemble, Groups):
-        return [f"{ensemble.teacher}.group-{n + 1}" for n in range(ensemble.groups.num_groups)]
-    teachers = members(ensemble)
-    if isinstance(ensemble, SingleTeacher | Heads):
-        names = [f"{m.teacher}.{array_name(layer)}" for m in teachers for layer in m.layers]
-        # a teacher may come twice
-        return names if len(set(names)) == len(names) else [f"{n + 1}.{name}" for n, name in enumerate(names)]
-    alike = len({m.layers for m in teachers}) == 1
-    return [f"{ensemble.kind}.{array_name(layer) if alike else n + 1}" for n, layer in enumerate(teachers[0].layers)]
 
 
 def _check_numbers(teachers: tuple[Teacher, ...]) -> None:
