@@ -4,12 +4,16 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from pydantic import TypeAdapter
 
 from pipeline.corpora.sources import Source
+from pipeline.distill.augment import AugmentParams
 from pipeline.distill.predictor import Predict
 from pipeline.extraction.settings import ExtractParams, Keep
+from pipeline.student.encoder import Encoder, count_parameters
+from pipeline.student.shape import EncoderShape
 from pipeline.layers.ensembles import Ensemble
 from pipeline.layers.similarity import SimilarityParams
 from pipeline.layers.targets import Init
@@ -65,3 +69,16 @@ def test_what_the_page_on_extraction_shows_can_be_set():
                 assert key == "means"
                 assert [Keep.model_validate(mean["keep"]) for mean in value.values()]
     assert seen == ["extract", *["keep"] * 5, "means"]
+
+
+def test_the_noisy_student_of_the_documentation_is_one():
+    (block,) = blocks("noisy-student.md")
+    params = AugmentParams.model_validate(block["augment"])
+    assert params.distort is not None
+    assert params.hide is not None
+
+
+def test_the_shape_that_the_page_on_students_shows_is_the_one_it_names():
+    (block,) = blocks("student.md")
+    with torch.device("meta"):
+        assert count_parameters(Encoder(EncoderShape.model_validate(block["shape"]))) == 18_403_120
