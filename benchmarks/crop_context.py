@@ -171,7 +171,7 @@ def judge(student: Path, corpus: Corpus) -> dict[str, float]:
 def students(root: Path, manifest: Manifest, waves: Store, teacher: Teacher, options: Any) -> dict[str, Any]:
     """Three ways to train, each seen whole and in pieces."""
     os.environ["DECANT_STORE"] = str(root)
-    most = {"train": 240, "dev": 40}
+    most = {"train": options.utterances, "dev": options.utterances // 6}
     kept = Manifest(
         tuple(u for split, n in most.items() for u in [v for v in manifest.select(split=split) if long(v)][:n])
     )
@@ -211,6 +211,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--crops", type=int, default=60, help="of each seed")
     parser.add_argument("--crop-seconds", type=float, default=2.0, help="what the students hear")
+    parser.add_argument("--utterances", type=int, default=240, help="that students learn from; a sixth of it judges")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-seconds", type=float, default=16.0)
     parser.add_argument("--json", type=Path)
