@@ -12,11 +12,11 @@ from pipeline.corpora.sources import Source
 from pipeline.distill.augment import AugmentParams
 from pipeline.distill.predictor import Predict
 from pipeline.extraction.settings import ExtractParams, Keep
-from pipeline.student.encoder import Encoder, count_parameters
-from pipeline.student.shape import EncoderShape
 from pipeline.layers.ensembles import Ensemble
 from pipeline.layers.similarity import SimilarityParams
 from pipeline.layers.targets import Init
+from pipeline.student.encoder import Encoder, count_parameters
+from pipeline.student.shape import EncoderShape
 
 DOCS = Path(__file__).parent.parent / "docs"
 
