@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import yaml
 from safetensors.torch import save_file
 
 from cache.errors import SettingsError
@@ -25,6 +26,7 @@ from pipeline.student.adopt import adopt, copy_adopted, read_shape
 from pipeline.student.checkpoint import save_student
 from pipeline.student.encoder import Encoder
 from pipeline.student.upstream import load_student_upstream
+from stages.cacheplan import main as plan
 from stages.probe import main as probe
 from tests.distill_fixtures import EXTRACT, make_world, write_receipt
 from tests.test_tasks_probe import PARAMS as PROBE
@@ -221,10 +223,22 @@ def test_a_damaged_projection_is_found_dropped_and_made_again(world):
     assert not verify_store(directory, full=True).findings
 
 
-def test_the_plan_counts_the_projection(world):
+def test_the_plan_counts_the_projection(world, capsys):
     model = model_of(world)
     params, keep = EXTRACT.model_copy(update={"codec": "float16"}), Keep(layers=("projection", 2), select="all")
     waves = open_receipt(world.root / "receipts/waves.json")
     cost = cost_of(model, world.manifest, waves, params, keep, "cpu", 2.0, seed=0)
     assert cost.chosen.arrays == ("projection", "layer-02")
     assert cost.chosen.bytes == run(world, model, keep.layers, codec="float16")["bytes"]
+    settings = {"extract": params.model_dump(mode="json"), "keep": keep.model_dump(mode="json")}
+    (world.root / "keep.yaml").write_text(yaml.safe_dump(settings))
+    plan(
+        *([world.root / "teachers/hubert"], world.root / "manifest.jsonl", world.root / "receipts/waves.json", "keep"),
+        params=world.root / "keep.yaml",
+        device="cpu",
+        sample_sec=1.0,
+        as_json=False,
+    )
+    assert [line.split()[:4] for line in capsys.readouterr().out.splitlines() if line.startswith("*")] == [
+        ["*", "projection,", "2", "float16"]
+    ]

@@ -225,6 +225,9 @@ def test_what_groups_cannot_be_made_of_is_refused_with_the_way_out(world):
         StoreError, match="another store than the receipt of hubert names; run `decant similarity hubert`"
     ):
         choose(world, grouped())
+    write_similarity(world, settings={})
+    with pytest.raises(StoreError, match=r"hubert.json is damaged \('measure'\); run `decant similarity hubert` again"):
+        choose(world, grouped())
     write_similarity(world, format=2)
     with pytest.raises(StoreError, match="similarity format 2, not similarity 1"):
         choose(world, grouped())

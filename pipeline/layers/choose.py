@@ -129,12 +129,15 @@ def _read_similarity(teacher: str, folder: Path, receipt: dict[str, Any]) -> tup
         raise StoreError(
             f"{path} is {described.get('kind')} format {described.get('format')}, not similarity 1; {again}"
         )
+    try:
+        key, then, measure = described["key"], described["arrays"], described["settings"]["measure"]
+        found = Similarity(tuple(described["layers"]), np.array(described["matrix"], np.float64), described["frames"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{path} is damaged ({error}); {again}") from error
     now = {name: array["digest"] for name, array in receipt["arrays"].items()}
-    then: dict[str, str] = described["arrays"]
-    if described["key"] != receipt["key"] or any(now.get(name, digest) != digest for name, digest in then.items()):
+    if key != receipt["key"] or any(now.get(name, digest) != digest for name, digest in then.items()):
         raise StoreError(f"{path} was found in another store than the receipt of {teacher} names; {again}")
-    found = Similarity(tuple(described["layers"]), np.array(described["matrix"]), described["frames"])
-    return found, described["settings"]["measure"]
+    return found, measure
 
 
 def _kept(receipt: dict[str, Any]) -> str:
