@@ -20,11 +20,17 @@ def main(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto.")] = "auto",
     readers: Annotated[int, typer.Option(min=1, help="Processes that read ahead.")] = 1,
     verify: Annotated[float, typer.Option(min=0, max=1, help="Share of reads whose checksums are compared.")] = 1.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Time the largest batches and write nothing.")] = False,
+    tensorboard: Annotated[Path | None, typer.Option(help="Folder for TensorBoard.")] = None,
+    wandb: Annotated[str | None, typer.Option(help="Project of Weights & Biases.")] = None,
 ) -> None:
     """Train a student from stored targets; a killed run goes on where its last state was saved."""
     from cache.errors import SettingsError
     from cache.manifest import read_manifest
     from cache.receipts import open_receipt
+    from pipeline.distill.inputs import open_inputs
+    from pipeline.distill.logs import open_logs
+    from pipeline.distill.rehearse import rehearse
     from pipeline.distill.settings import StudentParams, phases_of
     from pipeline.distill.train import distil
     from pipeline.distill.world import join_world
@@ -43,11 +49,19 @@ def main(
 
         if settings.train.precision == "bfloat16" and not own.startswith("cuda"):
             say("bfloat16 is for GPUs: this run computes in float32")
+        logs = open_logs(tensorboard, wandb, name, settings) if world.leads else []
         try:
             start = open_init(chosen, settings.init, init)
+            if dry_run:
+                rehearse(
+                    settings,
+                    open_inputs(settings, chosen, utterances, store, start, own, verify, world, say),
+                    *(readers, say),
+                )
+                return
             with progress(f"distill {name}", steps, "steps", quiet=not world.leads) as tick:
                 metrics = distil(
-                    *(settings, chosen, utterances, store, start, out, own, tick, say, readers, verify), world=world
+                    *(settings, chosen, utterances, store, start, out, own, tick, say, readers, verify, world, logs)
                 )
         except SettingsError as error:
             raise SettingsError(f"{params}: students.{name}: {error}") from error

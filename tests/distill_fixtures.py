@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,19 @@ from cache.manifest import Manifest, Utterance, write_manifest
 from cache.publish import write_json
 from cache.receipts import make_receipt, open_receipt, store_key, store_path
 from cache.waves import WaveWriter
+from pipeline.distill.curves import Log
+from pipeline.distill.settings import StudentParams
+from pipeline.distill.train import distil
 from pipeline.extract import extract
 from pipeline.extraction.settings import Calibration, ExtractParams, Fail, Keep
+from pipeline.layers.choose import choose_targets
+from pipeline.layers.ensembles import SingleTeacher
+from pipeline.layers.targets import Adopted, Targets
 from pipeline.student.checkpoint import save_student
 from pipeline.student.encoder import Encoder, initialise
 from pipeline.student.shape import EncoderShape
 from pipeline.student.upstream import load_student_upstream
+from stages._params import read_params
 
 SHAPE: dict[str, Any] = {
     "conv_channels": [4, 4, 4, 4, 4, 4, 8],
@@ -207,6 +215,43 @@ def write_receipt(
     keep = Keep(layers=layers, select="all")
     receipt = extract(load_student_upstream(folder), world.manifest, store, params, keep, "cpu", lambda *_, **__: None)
     write_json(world.root / "receipts" / f"{teacher}.json", receipt)
+
+
+def targets_of(world: World) -> Targets:
+    """Layers 3 and 1 of the teacher."""
+    ensemble = SingleTeacher(kind="single", teacher="hubert", layers=(3, 1), normalise=None)
+    init = Adopted(kind="adopted", teacher="hubert", final_norm=False)
+    return choose_targets(ensemble, world.root / "receipts", init, world.root / "init")
+
+
+def train_student(
+    world: World,
+    out: str = "models/distil",
+    manifest: Manifest | None = None,
+    init: str | None = "init/hubert.safetensors",
+    said: list[str] | None = None,
+    device: str = "cpu",
+    tick: Callable[..., None] = lambda *_, **__: None,
+    logs: Sequence[Log] = (),
+) -> dict[str, Any]:
+    """`distil` in this process, with the settings of params.yaml; gives its metrics."""
+    return distil(
+        read_params("students.distil", StudentParams, world.root / "params.yaml"),
+        targets_of(world),
+        manifest or world.manifest,
+        open_receipt(world.root / "receipts/waves.json"),
+        [] if init is None else [world.root / init],
+        world.root / out,
+        device,
+        tick,
+        (lambda _: None) if said is None else said.append,
+        logs=logs,
+    )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files of a product, by their names in it."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def relabelled(manifest: Manifest, **changes: Any) -> Manifest:

@@ -12,8 +12,20 @@ from pipeline.distill.world import World
 class Log(Protocol):
     """Somebody who is told every row: TensorBoard, Weights & Biases."""
 
+    def begin(self, first: int, run: Path) -> None:
+        """Rows from step `first` on are told next; what a killed run told of them is void. `run` holds the state."""
+        ...
+
     def row(self, step: int, values: Mapping[str, float]) -> None:
-        """One row. A resumed run tells again of the steps since its last state."""
+        """One row."""
+        ...
+
+    def flush(self) -> None:
+        """A state is about to be saved: no row until here is told again."""
+        ...
+
+    def close(self) -> None:
+        """The training has ended or is broken off."""
         ...
 
 
@@ -30,6 +42,7 @@ class Curves:
         more: Sequence[str],
         targets: Sequence[str],
         keep_bytes: int,
+        first: int,
         world: World,
         logs: Sequence[Log] = (),
     ) -> None:
@@ -41,6 +54,7 @@ class Curves:
             more: of training alone.
             targets: whose losses are told at validations; each with dev_ before it is a column.
             keep_bytes: of what is there.
+            first: step that is made next: no row so far is of it or of a later one.
             world: the processes of the training.
             logs: told every row as well.
         """
@@ -52,6 +66,8 @@ class Curves:
             return
         self._file.truncate(keep_bytes)
         self._file.seek(keep_bytes)
+        for log in self._logs:
+            log.begin(first, path.parent)
         if not keep_bytes:
             self._file.write((",".join(["step", *self._columns]) + "\n").encode())
 
@@ -68,6 +84,8 @@ class Curves:
         """Bring all rows to the disk and give their length in bytes."""
         if not self._leads:
             return 0
+        for log in self._logs:
+            log.flush()
         self._file.flush()
         os.fsync(self._file.fileno())
         return self._file.tell()
@@ -76,4 +94,7 @@ class Curves:
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self._leads:
+            for log in self._logs:
+                log.close()
         self._file.close()

@@ -77,7 +77,8 @@ def train(learner: Learner, run: Run) -> tuple[Learner, Progress]:
     run.snapshots.forget(progress, run.say)
     path, terms = run.directory / "curves.csv", run.params.train.loss_weights.terms
     more = () if run.params.prune is None else ("sparsity",)
-    with Curves(path, terms, more, run.target_names, progress.curves_bytes, run.world, run.logs) as curves:
+    first = 0 if found is None else progress.step + 1
+    with Curves(path, terms, more, run.target_names, progress.curves_bytes, first, run.world, run.logs) as curves:
         if found is not None:
             learner = restored(learner, found, phases[progress.phase])
             if progress.step < total:

@@ -11,25 +11,21 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from cache.errors import DataError, StoreError
 from cache.frames import RATE_HZ
 from cache.manifest import Manifest
 from cache.process import exclusive
-from cache.publish import digest_file, digest_json, named_io_errors, publish_dir, write_json
+from cache.publish import named_io_errors, publish_dir, write_json
 from cache.ragged import Store
-from pipeline.distill.batches import BatchReader
-from pipeline.distill.build import first_learner, target_names
 from pipeline.distill.curves import Log
-from pipeline.distill.ensemble import TargetMaker
+from pipeline.distill.inputs import open_inputs
 from pipeline.distill.learner import Learner
 from pipeline.distill.loop import Run, train
 from pipeline.distill.settings import StudentParams
 from pipeline.distill.snapshots import Snapshots, write_student
 from pipeline.distill.state import Progress
 from pipeline.distill.world import ALONE, World, wait_for_all
-from pipeline.distortion.distort import folders_of
 from pipeline.interrupt import stop_requested
-from pipeline.layers.targets import Targets, check_targets, open_targets, targets_json
+from pipeline.layers.targets import Targets
 from pipeline.states import Say, discard_other
 from pipeline.student.encoder import count_parameters
 
@@ -82,33 +78,15 @@ def distil(
         held.enter_context(named_io_errors(out))
         if world.leads:
             held.enter_context(exclusive(directory / "lock"))
-        facts = {
-            "settings": params.model_dump(mode="json"),
-            "targets": targets_json(targets, numbers=False),
-            "init": [digest_file(path) for path in init if path.exists()],
-            "audio": digest_json([[u.id, u.audio, u.split] for u in manifest]),
-            "noise": folders_of(params.augment),
-        }
-        check_targets(params.ensemble, targets)
-        features = open_targets(targets, verify)
-        manifest = _those_kept(manifest, features, targets, say)
-        splits = _splits(params, manifest)
-        arrays = [list(store.arrays) for store in targets.stores]
-        make_targets = TargetMaker(params.ensemble, targets, features, device)
-        learner = first_learner(params, targets, init, device, make_targets, world)
-        distort = None if params.augment is None else params.augment.distort
-        splits_read = {
-            name: BatchReader(split, waves, features, arrays, distort if name == "train" else None, params.seed)
-            for name, split in splits.items()
-            if len(split)
-        }
+        facts, splits, readers_of, learner, names = open_inputs(
+            params, targets, manifest, waves, init, device, verify, world, say
+        )
         if world.leads:  # after all checks: a wrong path must not cost a state
             discard_other(directory, facts, device if world.size == 1 else f"{world.size} x {device}", say)
         wait_for_all(world)
         snapshots = Snapshots(directory / "students", facts, params.train)
         with stop_requested() as stopping:
-            names = target_names(params.ensemble, targets)
-            run = Run(params, splits_read, directory, readers, world, snapshots, stopping, tick, say, logs, names)
+            run = Run(params, readers_of, directory, readers, world, snapshots, stopping, tick, say, logs, names)
             learner, progress = train(learner, run)
         metrics = {
             "dev": progress.dev,
@@ -138,27 +116,3 @@ def _publish(
         shutil.copyfile(run.directory / "curves.csv", partial / "curves.csv")
         write_json(partial / "metrics.json", metrics)
     shutil.rmtree(run.directory)  # only now: until the student is published the state is what a rerun needs
-
-
-def _those_kept(manifest: Manifest, features: Sequence[Store], targets: Targets, say: Say) -> Manifest:
-    """The utterances that have targets: all, but for those that extraction was told to skip for their length."""
-    settings = [store.fingerprint.get("long", {}) for store in features]
-    shortest = min((long["max_sec"] for long in settings if long.get("kind") == "skip"), default=None)
-    kept = manifest if shortest is None else manifest.up_to(shortest)
-    if {kept.audio_digest} != {targets.audio, *(store.fingerprint["audio"] for store in features)}:
-        raise StoreError(
-            "the targets were extracted from other audio, or from a selection of it, than this manifest lists; "
-            "extract with keep.select: all, then run `decant targets` again"
-        )
-    if len(kept) < len(manifest):
-        say(f"{len(manifest) - len(kept)} utterances of more than {shortest:g} s have no targets")
-    return kept
-
-
-def _splits(params: StudentParams, manifest: Manifest) -> dict[str, Manifest]:
-    splits = {name: manifest.select(split=name) for name in ("train", "dev")}
-    for name in ("train", "dev") if params.train.validate_every is not None else ("train",):
-        if not len(splits[name]):
-            hint = "; set train.validate_every: null to train without" if name == "dev" else ""
-            raise DataError(f"the manifest has no utterance of split {name!r}{hint}")
-    return splits

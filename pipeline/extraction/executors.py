@@ -10,10 +10,9 @@ import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import dask
 import torch
@@ -21,6 +20,7 @@ from pydantic import AfterValidator, BaseModel, Field
 
 from cache.errors import SettingsError, StoreError
 from pipeline.devices import choose_device
+from pipeline.extras import from_extra
 
 if TYPE_CHECKING:
     from dask_jobqueue import SLURMCluster
@@ -124,7 +124,7 @@ def local_workers(workers: int | None, device: str, threads: int | None) -> Iter
     Raises:
         SettingsError: more workers than GPUs, or the extra is not installed.
     """
-    distributed = _extra("distributed", "dask")
+    distributed = from_extra("distributed", "dask")
     visible = visible_gpus() if device == "cuda" else None
     if workers is None and visible is None:
         raise SettingsError("how many processes on the CPU? set --workers")
@@ -171,7 +171,7 @@ def running_scheduler(address: str) -> Iterator["Client"]:
         StoreError: nobody answers there.
         SettingsError: the extra is not installed here, or Decant is not there.
     """
-    distributed = _extra("distributed", "dask")
+    distributed = from_extra("distributed", "dask")
     where = {"address": address} if "://" in address else {"scheduler_file": str(Path(address))}
     if "scheduler_file" in where and not Path(address).exists():
         raise SettingsError(f"--scheduler {address} is neither an address (tcp://HOST:PORT) nor a scheduler file")
@@ -213,7 +213,7 @@ def slurm_workers(settings: SlurmParams, workers: int | None) -> Iterator["Clien
     """
     if workers is None:
         raise SettingsError("how many SLURM jobs? set --workers")
-    distributed = _extra("distributed", "slurm")
+    distributed = from_extra("distributed", "slurm")
     with slurm_cluster(settings) as cluster, distributed.Client(cluster, set_as_default=False) as client:
         cluster.adapt(minimum_jobs=workers, maximum_jobs=workers)
         yield client
@@ -224,7 +224,7 @@ def slurm_cluster(settings: SlurmParams) -> "SLURMCluster":
     gres = [] if settings.gres is None else [f"--gres={settings.gres}"]
     lifetime = ["--lifetime", f"{math.floor(settings.lifetime_sec)}s"]
     stagger = ["--lifetime-stagger", f"{math.floor(60 * settings.stagger_min)}s"]
-    return _extra("dask_jobqueue", "slurm").SLURMCluster(
+    return from_extra("dask_jobqueue", "slurm").SLURMCluster(
         queue=settings.queue,
         account=settings.account,
         cores=THREADS,
@@ -245,17 +245,3 @@ def visible_gpus() -> list[str]:
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     count = torch.cuda.device_count()
     return [name.strip() for name in named.split(",")][:count] if named else [str(number) for number in range(count)]
-
-
-def _extra(module: str, extra: str) -> Any:
-    """A module of an extra.
-
-    Raises:
-        SettingsError: the extra is not installed.
-    """
-    try:
-        return import_module(module)
-    except ModuleNotFoundError as error:
-        raise SettingsError(
-            f"{error.name} is not installed; install the extra {extra}: `uv pip install --editable '.[{extra}]'`"
-        ) from None
