@@ -61,7 +61,7 @@ class CountingNorm(nn.LayerNorm):
 
     def forward(self, input: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
         """Normalise the channels that are there."""
-        x = input.float()  # as LayerNorm does under autocast
+        x = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input  # as LayerNorm under autocast
         mean = x.sum(-1, keepdim=True) / self.counted
         centred = x - mean
         missing = (self.counted - x.shape[-1]) * mean.square()
