@@ -98,6 +98,18 @@ def test_open_gates_and_an_empty_mask_change_nothing(variant):
         assert_same_states(encoder(waves, samples, open_gates(encoder), hide), plain, atol=0.0)
 
 
+@pytest.mark.parametrize("variant", ["wavlm", "shared wavlm", "pruned"])
+def test_bfloat16_autocast_stays_near_float32(variant):
+    encoder = random_encoder(VARIANTS[variant])
+    waves, samples = noise(9_000, 16_000)
+    gates = open_gates(encoder)
+    with torch.no_grad():
+        exact = encoder(waves, samples).hidden[-1]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rough = encoder(waves, samples, gates).hidden[-1]
+    assert float((rough[0, :27] - exact[0, :27]).norm() / exact[0, :27].norm()) < 0.05
+
+
 def test_gates_multiply_channels_heads_and_units():
     """The same numbers from weights that were multiplied instead."""
     encoder, other = (
