@@ -1,6 +1,6 @@
 """What each codec costs and loses: bytes, error on real features, speed, and what becomes of a student and its probe.
 
-python benchmarks/bench_codecs.py PROJECT [--seeds 3] [--codecs float16,int8] [--json FILE] [--quick]
+python benchmarks/bench_codecs.py PROJECT [--seeds 3] [--codecs float32,int8] [--json FILE] [--png FILE] [--quick]
 
 PROJECT is a folder in which `dvc repro` has run: its waveforms, teacher, student settings and probe settings are used;
 what is made here goes to a temporary folder. One table:
@@ -10,8 +10,9 @@ what is made here goes to a temporary folder. One table:
   raw numbers; `unexplained`, the squared error over the variance of the channels, which a large constant channel cannot
   flatter; mean cosine of raw frames;
 - encoding and decoding of a batch 768 wide, in GB/s of the float16 it stands for, in torch, on this device;
-- a student trained from it: dev loss terms **against the float32 targets**, and its score; mean and standard deviation over
-  the seeds of the student. `--quick` leaves the students out.
+- a student trained from it: dev loss terms **against the float32 targets**, at the end and on the way, and its score; mean
+  and standard deviation over the seeds of the student. Students of one seed start alike and see the same batches with the
+  same dropout, so a second table and `--png` have the differences to float32 seed by seed. `--quick` leaves students out.
 
 No promise has a bar here: the page docs/codecs.md holds what was printed.
 """
@@ -23,16 +24,18 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from bench_store import machine
-from safetensors.torch import load_file
+from matplotlib import pyplot
 
 from cache.codecs import CODECS, FEATURE_CODECS
-from cache.manifest import read_manifest
+from cache.manifest import Manifest, read_manifest
 from cache.publish import write_json
 from cache.ragged import Store
 from cache.receipts import open_receipt
@@ -43,13 +46,13 @@ from pipeline.devices import choose_device
 from pipeline.distill.batches import BatchReader
 from pipeline.distill.build import first_learner, target_names
 from pipeline.distill.ensemble import TargetMaker
-from pipeline.distill.plan import plan_epoch
+from pipeline.distill.plan import Planned, plan_epoch
 from pipeline.distill.settings import StudentParams
-from pipeline.distill.train import distil
 from pipeline.extract import extract
 from pipeline.extraction.settings import ExtractParams, Keep
 from pipeline.layers.choose import choose_targets
 from pipeline.layers.targets import open_init, open_targets
+from pipeline.student.checkpoint import save_student
 from pipeline.student.upstream import load_student_upstream
 from pipeline.tasks.features import pool
 from pipeline.tasks.labels import labelled_splits, task_named
@@ -60,6 +63,10 @@ WIDTH = 768  # of a Base model, for bytes and speed
 HOURS_960 = 172.8e6  # frames
 CHUNK = 64
 
+Row = dict[str, Any]
+Curve = list[dict[str, float]]
+"""The dev terms against the float32 targets after some steps."""
+
 
 def nothing(*_: Any, **__: Any) -> None:
     """Progress is not shown."""
@@ -68,7 +75,7 @@ def nothing(*_: Any, **__: Any) -> None:
 class Project:
     """Everything of a finished project that is read here."""
 
-    def __init__(self, root: Path, student: str, task: str, steps: int | None, device: str) -> None:
+    def __init__(self, root: Path, student: str, task: str | None, steps: int | None, device: str) -> None:
         self.root, self.task, self.device = root, task, device
         params = root / "params.yaml"
         self.manifest = read_manifest(root / "data" / "manifest.jsonl")
@@ -78,7 +85,7 @@ class Project:
         if steps is not None:
             shorter = self.student.train.model_copy(update={"steps": steps})
             self.student = self.student.model_copy(update={"train": shorter})
-        self.probe: ProbeParams = read_params(f"probes.{task}", ProbeParams, params)
+        self.probe = None if task is None else read_params(f"probes.{task}", ProbeParams, params)
         self.teacher = self.student.ensemble.teacher
         self.init = root / "data" / "init"
 
@@ -141,50 +148,134 @@ def speeds(name: str, device: str, rounds: int) -> dict[str, float]:
     return {f"{what} GB/s": size / statistics.median(s[1:]) for what, s in spent.items()}
 
 
-def train(project: Project, receipts: Path, exact: Path, out: Path, seed: int) -> dict[str, float]:
-    """A student from the receipts' store: its dev terms against the float32 store, and its score."""
+def train(
+    project: Project, receipts: Path, exact: Path, out: Path, seed: int, points: int, thin: int
+) -> tuple[Row, Curve]:
+    """A student from the receipts' store: its score, and its dev terms against the float32 store after every so many steps."""
     student, device = project.student.model_copy(update={"seed": seed}), project.device
+    settings = student.train
+    assert settings.accumulate == 1
     targets, truth = (choose_targets(student.ensemble, r, student.init, project.init) for r in (receipts, exact))
-    start = open_init(targets, student.init, project.init)
-    distil(student, targets, project.manifest, project.waves, start, out, device, nothing, nothing)
-    stores, dev = open_targets(truth), project.manifest.select(split="dev")
-    learner = first_learner(student, truth, start, device, TargetMaker(student.ensemble, truth, stores, device))
-    learner.encoder.load_state_dict(load_file(out / "weights.safetensors"))
-    learner.predictor.groups[0].load_state_dict(load_file(out / "heads.safetensors"))
-    reader = BatchReader(dev, project.waves, stores, [list(truth.stores[0].arrays)])
-    plan = plan_epoch(dev.samples, student.train.crop, student.train.batch_seconds, seed, 0)
-    terms = learner.evaluate(map(reader.read_clean, plan), target_names(student.ensemble, truth))
+    stores, exact_stores = open_targets(targets), open_targets(truth)
+    make, make_exact = (
+        TargetMaker(student.ensemble, t, s, device) for t, s in ((targets, stores), (truth, exact_stores))
+    )
+    learner = first_learner(student, targets, open_init(targets, student.init, project.init), device, make)
+    splits = [project.manifest.select(split=name) for name in ("train", "dev")]
+    splits[1] = Manifest(splits[1].utterances[::thin])
+    arrays = [list(targets.stores[0].arrays)]
+    reader, judge = (
+        BatchReader(m, project.waves, s, arrays) for m, s in zip(splits, (stores, exact_stores), strict=True)
+    )
+    names = target_names(student.ensemble, truth)
+    curve: Curve = []
+
+    def note(step: int) -> None:
+        plan = plan_epoch(judge.samples, settings.crop, settings.batch_seconds, 0, 0)
+        learner.make_targets = make_exact
+        curve.append({"step": step, **learner.evaluate(map(judge.read_clean, plan), names)})
+        learner.make_targets = make
+
+    def planned() -> Iterator[Planned]:
+        epochs = (plan_epoch(reader.samples, settings.crop, settings.batch_seconds, seed, n) for n in count())
+        return (Planned(n, items) for n, items in enumerate(chain.from_iterable(epochs)))
+
+    note(0)
+    with reader.ahead(islice(planned(), settings.steps), settings.batch_seconds, 1, learner.device) as batches:
+        for step, batch in enumerate(batches, 1):
+            learner.update([batch], int(batch.frames.sum()), step)
+            if step * points // settings.steps > (step - 1) * points // settings.steps:
+                note(step)
+    row = {"dev l1": curve[-1]["l1"], "dev cosine": curve[-1]["cosine"]}
+    if project.task is not None:
+        out.mkdir()
+        save_student(out, learner.encoder, {})
+        row[f"{project.task} %"] = score(project, out)
+    return row, curve
+
+
+def score(project: Project, student: Path) -> float:
+    """Of the probe, in percent."""
+    assert project.task is not None
+    assert project.probe is not None
     splits = labelled_splits(project.manifest, task_named(project.task))
     params = project.extract.model_copy(update={"codec": "float32"})
     keep = Keep(layers="all", select="labelled")
-    upstream = load_student_upstream(out, device)
-    receipt = extract(upstream, project.manifest, project.waves, params, keep, device, nothing)
+    upstream = load_student_upstream(student, project.device)
+    receipt = extract(upstream, project.manifest, project.waves, params, keep, project.device, nothing)
     pooled = pool(open_receipt(receipt), sorted(receipt["arrays"]), project.manifest, splits.ids, False)
-    score = probe(pooled, splits, project.probe, torch.device(device))
-    return {"dev l1": terms["l1"], "dev cosine": terms["cosine"], f"{project.task} %": 100 * score.mean}
+    return 100 * probe(pooled, splits, project.probe, torch.device(project.device)).mean
+
+
+def differences(curves: dict[str, list[Curve]], term: str) -> dict[str, Any]:
+    """Of each codec but float32, the term minus that of float32 at the same step of the same seed: (seeds, points)."""
+    exact = np.array([[point[term] for point in curve] for curve in curves["float32"]])
+    return {
+        codec: np.array([[point[term] for point in curve] for curve in of_codec]) - exact
+        for codec, of_codec in curves.items()
+        if codec != "float32"
+    }
+
+
+def print_curves(curves: dict[str, list[Curve]]) -> None:
+    """Markdown: the loss of float32 over the steps, and how much higher those of the others are, seed by seed."""
+    steps = [int(point["step"]) for point in curves["float32"][0]]
+    print("\n| dev loss after steps | " + " | ".join(map(str, steps)) + " |")
+    print("|---" * (len(steps) + 1) + "|")
+    exact = np.array([[point["total"] for point in curve] for curve in curves["float32"]])
+    rows = {"float32": exact} | {f"{codec} - float32": d for codec, d in differences(curves, "total").items()}
+    for name, values in rows.items():
+        spread = values.std(0, ddof=1) if len(values) > 1 else np.zeros(len(steps))
+        cells = [
+            f"{m:.4f} ± {sd:.4f}" if name == "float32" else f"{m:+.5f} ± {sd:.5f}"
+            for m, sd in zip(values.mean(0), spread, strict=True)
+        ]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+def draw_curves(curves: dict[str, list[Curve]], path: Path) -> None:
+    """Left: dev loss against float32 targets over the steps. Right: how far from float32's, seed by seed."""
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    steps = [point["step"] for point in curves["float32"][0]]
+    for codec, of_codec in curves.items():
+        values = np.array([[point["total"] for point in curve] for curve in of_codec])
+        left.plot(steps, values.mean(0), label=codec)
+        left.fill_between(steps, values.min(0), values.max(0), alpha=0.2)
+    for codec, values in differences(curves, "total").items():
+        (line,) = right.plot(steps, np.abs(values).mean(0), label=codec)
+        right.fill_between(steps, np.abs(values).min(0), np.abs(values).max(0), alpha=0.2, color=line.get_color())
+    left.set(xlabel="step", ylabel="dev loss against float32 targets")
+    right.set(xlabel="step", ylabel="|difference to float32|, same seed", yscale="log")
+    left.legend()
+    right.legend()
+    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("project", type=Path)
     parser.add_argument("--student", default="distil", help="whose layers are kept and which is trained")
-    parser.add_argument("--task", default="kws", help="the probe that judges")
+    parser.add_argument("--task", default="kws", help="the probe that judges, or none")
     parser.add_argument("--codecs", default=",".join(FEATURE_CODECS))
     parser.add_argument("--seeds", type=int, default=3, help="students a codec")
+    parser.add_argument("--points", type=int, default=6, help="of a curve, evenly over the steps")
+    parser.add_argument("--thin", type=int, default=1, help="every so many-th utterance of dev judges a student")
     parser.add_argument("--steps", type=int, help="of each student; as in its settings unless given")
     parser.add_argument("--quick", action="store_true", help="no students")
     parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--png", type=Path, help="draw the curves here; they need float32 among the codecs")
     options = parser.parse_args()
-    device = choose_device("auto")
+    device, task = choose_device("auto"), None if options.task == "none" else options.task
     os.environ.setdefault("DECANT_STORE", str(options.project / "store"))
     waves = Path(os.environ["DECANT_STORE"]).resolve() / "waves"
-    table: dict[str, dict[str, Any]] = {}
+    table: dict[str, Row] = {}
+    curves: dict[str, list[Curve]] = {}
     with tempfile.TemporaryDirectory(prefix="bench-codecs-") as folder:
         place = Path(folder)
         os.environ["DECANT_STORE"] = str(place / "store")
         (place / "store").mkdir()
         (place / "store" / "waves").symlink_to(waves)
-        project = Project(options.project, options.student, options.task, options.steps, device)
+        project = Project(options.project, options.student, task, options.steps, device)
         (place / "float32").mkdir()
         exact = project.features("float32", place / "float32")
         for name in options.codecs.split(","):
@@ -195,16 +286,29 @@ def main() -> None:
             row |= errors(project.features(name, receipts), exact, device) | speeds(name, device, 5)
             if not options.quick:
                 runs = [
-                    train(project, receipts, place / "float32", place / f"{name}-{s}", s) for s in range(options.seeds)
+                    train(
+                        project,
+                        receipts,
+                        place / "float32",
+                        place / f"{name}-{seed}",
+                        seed,
+                        options.points,
+                        options.thin,
+                    )
+                    for seed in range(options.seeds)
                 ]
-                for what in runs[0]:
-                    row[what] = [run[what] for run in runs]
+                row |= {what: [run[what] for run, _ in runs] for what in runs[0][0]}
+                curves[name] = [curve for _, curve in runs]
             table[name] = row
             print(name, {k: np.round(v, 6).tolist() for k, v in row.items()}, file=sys.stderr, flush=True)
     print_table(table)
+    if "float32" in curves:
+        print_curves(curves)
+        if options.png:
+            draw_curves(curves, options.png)
     if options.json:
         described = {"machine": machine(), "device": device, "width": exact.width, "frames": int(exact.rows.sum())}
-        options.json.write_text(json.dumps(described | {"codecs": table}, indent=1) + "\n")
+        options.json.write_text(json.dumps(described | {"codecs": table, "curves": curves}, indent=1) + "\n")
 
 
 def print_table(table: dict[str, dict[str, Any]]) -> None:
