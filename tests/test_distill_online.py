@@ -45,7 +45,7 @@ class Online(TargetMaker):
         for member in self.members:
             outputs = self.teachers[member.teacher].outputs(waves, self.batch.samples)
             layers = [outputs.projection if n == "projection" else outputs.layers[n] for n in member.layers]
-            made.append(torch.stack(layers, dim=1).clone())  # an ordinary tensor: autograd takes no inference ones
+            made.append(torch.stack(layers, dim=1))
         return made
 
 
