@@ -40,7 +40,10 @@ WIDTH = 9.6  # inches; the page is ten wide
 
 
 def curves(students: Sequence[Student]) -> Figure:
-    """Small multiples, one trained student each: train in grey, dev in wine."""
+    """Small multiples, one trained student each: train in grey, dev in wine; of a pruned one also where its units went.
+
+    Scales are each student's own: losses of different methods are in different units.
+    """
     students = [student for student in students if student.metrics.steps > 0] or list(students)[:1]
     columns = min(3, len(students))
     rows = ceil(len(students) / columns)
@@ -69,6 +72,7 @@ def _curve(axis: Axes, student: Student) -> None:
     axis.plot([s for s, _ in dev], [loss for _, loss in dev], color=ACCENT, linewidth=1.6, marker="o", markersize=2.8)
     axis.set_xlabel("step")
     axis.set_xlim(0, train[-1][0] * 1.03)
+    _pruning(axis, student)
     # a fresh head towers over everything that follows: show the band that training moves in
     settled = [loss for _, loss in train[len(train) // 20 :]] + [loss for step, loss in dev if step > 0]
     low, high = min(settled), max(max(settled), min(settled) + 1e-6)
@@ -86,6 +90,30 @@ def _curve(axis: Axes, student: Student) -> None:
             fontsize=8.5,
             fontweight="bold" if label == "dev" else "normal",
         )
+
+
+def _pruning(axis: Axes, student: Student) -> None:
+    """A line where the gates were closed, and the share of parameters that went until then, from none to all."""
+    if student.pruned_at is None:
+        return
+    axis.axvline(student.pruned_at, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+    gone = [(point.step, point.sparsity) for point in student.curve if point.sparsity is not None]
+    left = 0.0 if student.unpruned is None else 1 - student.metrics.parameters["student"] / student.unpruned
+    if gone:
+        shares = axis.twinx()
+        shares.plot([step for step, _ in gone], [share for _, share in gone], color=INK, linewidth=1.0, linestyle=":")
+        shares.set_ylim(0, 1)
+        shares.set_axis_off()
+    axis.annotate(
+        f"{100 * left:.1f} % pruned",
+        (student.pruned_at, 0),
+        xycoords=("data", "axes fraction"),
+        xytext=(-4, 5),
+        textcoords="offset points",
+        ha="right",
+        color=INK,
+        fontsize=8,
+    )
 
 
 def layer_weights(run: Run) -> Figure:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import ValidationError
+
 from cache.errors import StoreError
 from cache.frames import RATE_HZ
 from cache.manifest import SPLITS, Manifest, read_manifest
@@ -20,6 +22,8 @@ from cache.publish import read_json
 from pipeline.report.products import MetricsFile, ReceiptFile, ScoreFile, SimilarityFile, files, parsed
 from pipeline.tasks.labels import TASKS, whole_task
 
+TERMS = ("l1", "l2", "cosine", "total")  # of a loss; what else was validated are the losses of single targets
+
 
 class CurvePoint(NamedTuple):
     """One line of curves.csv: train is the mean since the line before, dev is there where the student was validated."""
@@ -27,6 +31,10 @@ class CurvePoint(NamedTuple):
     step: int
     train: float | None
     dev: float | None
+    sparsity: float | None
+    """Share of the parameters that the gates of a pruned student are expected to remove; until they are closed."""
+    targets: dict[str, float]
+    """Where the student was validated: target -> its loss."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +97,20 @@ class Student:
     curve: tuple[CurvePoint, ...]
     facts: dict[str, Any]
     """shape.json: shape, settings, targets."""
+    unpruned: int | None
+    """Parameters before pruning; None where there was none."""
+
+    @property
+    def pruned_at(self) -> int | None:
+        """The step after which what the gates closed on was removed."""
+        settings = self.facts.get("settings", {})
+        return settings["train"]["steps"] if settings.get("prune") else None
+
+    @property
+    def target_losses(self) -> dict[str, float]:
+        """The loss of every target on dev at the last validation: hubert.layer-04 -> loss."""
+        validated = [point.targets for point in self.curve if point.targets]
+        return validated[-1] if validated else {}
 
     @property
     def num_targets(self) -> int:
@@ -280,8 +302,24 @@ def _model(name: str, receipt: ReceiptFile, models: Path, students: dict[str, St
 
 
 def _student(folder: Path) -> Student:
-    facts = read_json(folder / "shape.json")
-    return Student(folder.name, parsed(folder / "metrics.json", MetricsFile), _curve(folder / "curves.csv"), facts)
+    facts, metrics = read_json(folder / "shape.json"), parsed(folder / "metrics.json", MetricsFile)
+    return Student(folder.name, metrics, _curve(folder / "curves.csv"), facts, _unpruned(folder / "shape.json", facts))
+
+
+def _unpruned(path: Path, facts: dict[str, Any]) -> int | None:
+    """The size of the shape that was asked for, of a student that was pruned from it."""
+    settings = facts.get("settings", {})
+    if not settings.get("prune"):
+        return None
+    from pipeline.student.shape import EncoderShape
+    from pipeline.student.size import full_parameters  # torch: only where a student was pruned
+
+    try:
+        return full_parameters(EncoderShape.model_validate(settings["shape"]))
+    except (KeyError, ValidationError) as error:
+        raise StoreError(
+            f"{path}: settings.shape is no shape of a student; run `decant distill {path.parent.name}` again"
+        ) from error
 
 
 def _curve(path: Path) -> tuple[CurvePoint, ...]:
@@ -289,11 +327,16 @@ def _curve(path: Path) -> tuple[CurvePoint, ...]:
         raise StoreError(f"{path} does not exist; run `decant distill {path.parent.name}` again")
     with open(path, newline="", encoding="utf-8") as file:
         try:
-            return tuple(
-                CurvePoint(int(row["step"]), *(float(row[c]) if row[c] else None for c in ("total", "dev_total")))
-                for row in csv.DictReader(file)
-            )
+            return tuple(_point(row) for row in csv.DictReader(file))
         except (KeyError, ValueError, TypeError) as error:
             raise StoreError(
                 f"{path} is not a training curve ({error}); run `decant distill {path.parent.name}` again"
             ) from error
+
+
+def _point(row: dict[str, str]) -> CurvePoint:
+    found = {name: float(cell) for name, cell in row.items() if name != "step" and cell}
+    dev = {name.removeprefix("dev_"): value for name, value in found.items() if name.startswith("dev_")}
+    targets = {name: value for name, value in dev.items() if name not in TERMS}
+    train = found["total"] if row["total"] else None
+    return CurvePoint(int(row["step"]), train, dev.get("total"), found.get("sparsity"), targets)

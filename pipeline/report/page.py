@@ -18,6 +18,12 @@ def html(run: Run) -> str:
     weights = figures.svg(figures.layer_weights(run), "weights", "Learned layer weights of every model and task")
     tasks = wording.listed([TASKS[task].title.lower() for task in run.tasks])
     arrow = "" if all(TASKS[task].higher_is_better for task in run.tasks) else " ↓: an error rate, lower is better."
+    pruned = ""
+    if any(student.pruned_at is not None for student in run.students):
+        pruned = (
+            " Dashes: where a student was pruned and its second phase begins; dots, from 0 at the foot to 100 % at the head: "
+            "the share of its parameters that its gates were expected to remove. Losses on both sides are of other models."
+        )
     body = [
         f'<header><h1>Decant</h1><p class="standfirst">{sections.standfirst(run)}</p></header>',
         f'<div class="headline">{sections.headline(run)}</div>',
@@ -43,9 +49,10 @@ def html(run: Run) -> str:
         _section(
             "Distillation",
             f'<figure class="scroll">{curves}<figcaption>Total loss, L1 and cosine. Grey: train; wine: dev. '
-            "The vertical range leaves out the first steps; the heads are dropped after distillation."
+            f"The vertical range leaves out the first steps; the heads are dropped after distillation.{pruned}"
             "</figcaption></figure>",
             f'<div class="scroll" style="margin-top:28px">{sections.losses(run)}</div>',
+            *_targets(run),
         ),
         *_similarities(run),
         _section("Corpora", f'<div class="scroll">{sections.corpora(run)}</div>'),
@@ -59,6 +66,17 @@ def html(run: Run) -> str:
         f"<title>Decant: report</title>\n<style>\n{CSS}</style>\n</head>\n"
         f"<body>\n<main>\n{chr(10).join(body)}\n</main>\n</body>\n</html>\n"
     )
+
+
+def _targets(run: Run) -> list[str]:
+    """The loss of each target; nothing where students have one."""
+    table = sections.target_losses(run)
+    if not table:
+        return []
+    note = "Loss on dev, target by target, at the last validation: which layers of its teachers a student finds hard."
+    return [
+        f'<div class="scroll" style="margin-top:28px">{table}</div><p class="note" style="margin-top:18px">{note}</p>'
+    ]
 
 
 def _similarities(run: Run) -> list[str]:
