@@ -19,7 +19,7 @@ from pipeline.distill.pruning import SparsityControl
 from pipeline.distill.schedule import make_optimizer, set_rates
 from pipeline.distill.settings import Phase, StudentParams
 from pipeline.distill.world import ALONE, World, add_up, add_up_gradients
-from pipeline.padding import INT16_SCALE, frame_mask
+from pipeline.padding import INT16_SCALE, bucket_samples, frame_mask
 from pipeline.student.encoder import Encoder, GateValues, Hidden
 from pipeline.student.gates import Gates
 from pipeline.student.shape import EncoderShape
@@ -98,8 +98,8 @@ class Learner(nn.Module):
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
             waves = batch.waves.to(self.device, non_blocking=True).float() * INT16_SCALE
             if train.compile_seconds is not None:
-                step = int(train.compile_seconds * RATE_HZ)
-                waves = nn.functional.pad(waves, (0, -waves.shape[1] % step))
+                bucket = bucket_samples(waves.shape[1], int(train.compile_seconds * RATE_HZ))
+                waves = nn.functional.pad(waves, (0, bucket - waves.shape[1]))
             states = self._encode(waves, batch.samples.to(self.device), self._gates(), self._hidden(batch, waves))
             predicted = self.predictor(states, self.encoder.read_out(states))
         targets = self.make_targets([rows.to(self.device, non_blocking=True) for rows in batch.targets])

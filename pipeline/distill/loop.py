@@ -4,6 +4,7 @@ What comes next is three integers: epoch, position in it, step. Batches are numb
 next (processes x accumulate) of them, and each process computes its own. So a run resumes from any saved state.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from pipeline.distill.batches import Batch, BatchReader
 from pipeline.distill.build import next_learner, restored
 from pipeline.distill.curves import Curves, Log
 from pipeline.distill.learner import Learner, Update
-from pipeline.distill.notfinite import not_finite
+from pipeline.distill.notfinite import dev_not_finite, not_finite
 from pipeline.distill.plan import Planned, WithinShards, plan_epoch
 from pipeline.distill.settings import StudentParams, phases_of
 from pipeline.distill.snapshots import Snapshots
@@ -86,7 +87,7 @@ def train(learner: Learner, run: Run) -> tuple[Learner, Progress]:
         run.tick(progress.step, found=True)
         while True:
             if found is None and progress.step == 0:
-                progress.dev = _validate(learner, run)
+                progress.dev = _validate(learner, run, 0)
                 curves.add(step=0, **_dev_columns(progress))
             done_before = sum(phase.steps for phase in phases[: progress.phase])
             _train_phase(learner, run, progress, curves, done_before, total)
@@ -127,7 +128,7 @@ def _train_phase(learner: Learner, run: Run, progress: Progress, curves: Curves,
             last = progress.step == steps
             validating = train.validate_every is not None and (last or progress.step % train.validate_every == 0)
             if validating:
-                progress.dev = _validate(learner, run)
+                progress.dev = _validate(learner, run, progress.step)
                 if not learner.phase.prunes:  # with gates it is no student yet
                     _remember_best(progress)
                     if run.world.leads:
@@ -189,7 +190,7 @@ def _stream(
         epoch, position = epoch + 1, 0
 
 
-def _validate(learner: Learner, run: Run) -> dict[str, float] | None:
+def _validate(learner: Learner, run: Run, step: int) -> dict[str, float] | None:
     """Loss terms on the dev split, always with the plan of epoch 0; read by a thread, which waits for torch alone."""
     train = run.params.train
     if train.validate_every is None:
@@ -199,7 +200,10 @@ def _validate(learner: Learner, run: Run) -> dict[str, float] | None:
     mine = islice(plan, run.world.rank, None, run.world.size)
     with ThreadPoolExecutor(1) as executor:
         batches = ordered_map(executor, reader.read_clean, mine, AHEAD)
-        return learner.evaluate(batches, run.target_names)
+        terms = learner.evaluate(batches, run.target_names)
+    if not math.isfinite(terms["total"]):
+        raise dev_not_finite(learner, reader, plan, step)
+    return terms
 
 
 def _remember_best(progress: Progress) -> None:

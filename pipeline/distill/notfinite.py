@@ -1,6 +1,6 @@
 """A step whose loss or gradient is no number in; the batch that did it on disk, and the error that tells of it, out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from cache.errors import DataError, DecantError
 from cache.publish import write_json
 from pipeline.distill.batches import Batch, BatchReader
 from pipeline.distill.learner import Learner, Update, seed_of
-from pipeline.distill.plan import Planned
+from pipeline.distill.plan import Item, Planned
 from pipeline.distill.world import add_up, wait_for_all
 
 
@@ -47,6 +47,24 @@ def not_finite(
     return DecantError(
         f"step {number}: loss or gradient is not finite (batch of {ids}); "
         f"lower train.learning_rate, set train.clip, or use precision: float32; {where}"
+    )
+
+
+def dev_not_finite(learner: Learner, reader: BatchReader, plan: Iterable[list[Item]], step: int) -> DecantError:
+    """The error of a validation whose loss is no number; the same one in every process.
+
+    Args:
+        learner: as it was validated.
+        reader: of the dev split.
+        plan: its batches.
+        step: after which it was validated.
+    """
+    if bad := [name for items in plan for name in _bad_targets(learner, reader.read_clean(items))]:
+        told = ", ".join(bad[:8]) + (" ..." if len(bad) > 8 else "")
+        return DataError(f"step {step}: on the dev split the targets of {told} are not finite; extract them again")
+    return DecantError(
+        f"step {step}: the loss on the dev split is not finite; lower train.learning_rate, set train.clip, or use "
+        "precision: float32"
     )
 
 
