@@ -429,6 +429,8 @@ def test_a_run_of_untrained_students_alone_still_draws_its_curves(run):
         (wording.significant(99.96), "100"),
         (wording.significant(9.996), "10.0"),
         (wording.percent(0.88754), "88.8"),
+        (wording.loss(-0.83366), "−0.834"),
+        (wording.loss(0.5, 4), "0.5000"),
         (wording.rate(1e-5), "1e-5"),
         (wording.rate(0.0001), "0.0001"),
         (wording.plural(1, "shard"), "1 shard"),
@@ -642,7 +644,7 @@ def test_a_pruned_student_without_a_shape_is_refused(own):
 def test_losses_of_single_targets_are_told_by_teacher_and_layer(run, own):
     table = sections.target_losses(gather(**pruned(own)))
     assert re.findall(r'<th class="num">([^<]+)</th>', table) == ["projection", "1–3", "10"]
-    assert re.findall(r'<td class="num">([^<]+)</td>', table) == ["-0.900", "-0.600", "-0.500"]
+    assert re.findall(r'<td class="num">([^<]+)</td>', table) == ["−0.900", "−0.600", "−0.500"]
     assert sections.target_losses(run) == ""
     assert 'id="targets"' not in page.html(run)
 

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
+from pipeline.report import wording
 from pipeline.report.gather import Run, Student
 from pipeline.tasks.labels import TASKS
 
@@ -80,7 +81,7 @@ def _curve(axis: Axes, student: Student) -> None:
     ends = [("dev", dev[-1][1], ACCENT, 0)] if dev else []
     for label, value, colour, left in [*ends, ("train", train[-1][1], MUTED, 62 if dev else 0)]:
         axis.annotate(  # on the line of the title, where no curve can run through it
-            f"{label} {value:.3f}",
+            f"{label} {wording.loss(value)}",
             (1, 1),
             xycoords="axes fraction",
             xytext=(-left, 6),

@@ -275,7 +275,8 @@ def losses(run: Run) -> str:
     for student in run.students:
         dev = student.metrics.dev or {}
         figures = "".join(
-            f'<td class="num">{wording.NONE if dev.get(name) is None else f"{dev[name]:.4f}"}</td>' for name in terms
+            f'<td class="num">{wording.NONE if dev.get(name) is None else wording.loss(dev[name], 4)}</td>'
+            for name in terms
         )
         size = wording.params(student.metrics.parameters["student"])
         if student.unpruned is not None:
@@ -318,7 +319,7 @@ def target_losses(run: Run) -> str:
     columns = sorted({name for row in rows_of.values() for name in row}, key=_in_order)
     rows = []
     for (name, teacher), row in rows_of.items():
-        cells = "".join(f'<td class="num">{f"{row[c]:.3f}" if c in row else ""}</td>' for c in columns)
+        cells = "".join(f'<td class="num">{wording.loss(row[c]) if c in row else ""}</td>' for c in columns)
         what = escape(teacher.replace("+", " + "))
         rows.append(f'<tr><th scope="row">{escape(name)}</th><td>{what}</td>{cells}</tr>')
     heads = "".join(f'<th class="num">{column}</th>' for column in columns)

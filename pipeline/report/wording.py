@@ -42,6 +42,11 @@ def significant(number: float) -> str:
     return f"{number:.{decimals}f}"
 
 
+def loss(value: float, decimals: int = 3) -> str:
+    """A loss, which may be negative: −0.834."""
+    return f"{value:.{decimals}f}".replace("-", "\N{MINUS SIGN}")
+
+
 def percent(share: float) -> str:
     """A share as a number of per cent, one decimal; the unit stands in the head of the table."""
     return f"{100 * share:.1f}"
