@@ -1,8 +1,8 @@
 """Shards of a job in, their encoded rows in place out, on a CPU: batches side by side, one core for each.
 
 A small model does not fill two cores with one batch: its operations are short, and after each of them the faster core
-waits. Two batches on a core each run a Base model 1.4 times as fast (docs/log.md). A lane reads
-and pads its batch, runs the model, encodes and places the rows, and takes the next batch, of the next shard if need be.
+waits. Two batches on a core each run a Base model 1.4 times as fast (docs/log.md). A lane reads and pads its batch, runs
+the model, encodes and places the rows, and takes the next batch, of the next shard if need be.
 
 One torch thread computes a batch, however many lanes there are: their number changes no bit.
 """
