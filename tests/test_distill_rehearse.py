@@ -81,6 +81,8 @@ def test_a_dry_run_computes_the_fullest_batch_and_tells_what_it_takes(world, mon
         assert count == 2
         assert shapes[0] == shapes[1]
         assert 0 < frames <= 2 * shapes[0][0] * num_frames(shapes[0][1])
+    (shape, *_) = [shapes[0] for _, _, shapes in seen if shapes[0][0] * shapes[0][1] == fullest]
+    assert f"{shape[0]} utterances padded to {shape[1] / 16_000:.2f} s" in said[0]
     assert phase.phase.steps == 50
     assert min(phase.step_seconds, phase.read_seconds, phase.validation_seconds) > 0
     assert phase.seconds <= 50 * max(phase.step_seconds, phase.read_seconds) + 11 * phase.validation_seconds

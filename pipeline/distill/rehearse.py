@@ -29,6 +29,8 @@ class Largest(NamedTuple):
 
     batches: list[Planned]
     """One or two."""
+    longest: list[float]
+    """Seconds that each is padded to."""
     share: float
     """Mean padded audio of a batch as a share of that of the fullest."""
 
@@ -65,9 +67,11 @@ def rehearse(params: StudentParams, inputs: Inputs, readers: int, say: Say) -> l
     """
     train, validates = params.train, params.train.validate_every is not None
     largest = {name: _largest(params, name, inputs.readers_of[name]) for name in ("train", "dev")[: 1 + validates]}
-    for name, (batches, share) in largest.items():
-        sizes = [inputs.readers_of[name].samples[[i.utterance for i in planned.items]] for planned in batches]
-        told = " and ".join(f"{len(size)} utterances of up to {size.max() / RATE_HZ:.1f} s" for size in sizes)
+    for name, (batches, longest, share) in largest.items():
+        told = " and ".join(
+            f"{len(planned.items)} utterances padded to {seconds:.2f} s"
+            for planned, seconds in zip(batches, longest, strict=True)
+        )
         say(f"the largest of {name}: {told}; the mean batch is {share:.0%} as full")
     done, learner, phases = [], inputs.learner, phases_of(params)
     for number, phase in enumerate(phases):
@@ -139,7 +143,7 @@ def _largest(params: StudentParams, split: str, reader: BatchReader) -> Largest:
     padded = longest * counts
     most, widest = int(np.lexsort((longest, padded))[-1]), int((padded * longest).argmax())
     chosen = [Planned(at, plan[at]) for at in dict.fromkeys((most, widest))]
-    return Largest(chosen, float(padded.mean() / padded.max()))
+    return Largest(chosen, [longest[p.number] / RATE_HZ for p in chosen], float(padded.mean() / padded.max()))
 
 
 def longest_of(plan: EpochPlan) -> Int64[np.ndarray, " N"]:
