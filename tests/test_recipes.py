@@ -1,8 +1,11 @@
 """The recipes: every setting of each is one that a stage takes, DVC makes stages of it, sizes are the published ones."""
 
+import re
+import shlex
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +121,30 @@ def test_the_embedded_default_has_a_student_of_every_method():
     assert "projection" in of["dp"].ensemble.layers
     assert {name for name, student in of.items() if student.prune} == {"skill", "dp"}
     assert [name for name, student in of.items() if student.train.steps == 0] == ["random"]
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def overrides(page: Path) -> list[list[str]]:
+    """What every `dvc exp run` of a page sets; sweeps of --queue apart, whose values are lists of values."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [shlex.split(line, comments=True) for line in re.findall(r"^dvc exp run .*$", text, re.M)]
+    return [[b for a, b in pairwise(words) if a == "-S"] for words in lines if "--queue" not in words]
+
+
+def test_every_ablation_that_a_page_names_is_one_that_the_stages_take(tmp_path):
+    """DVC's own merge, so what it refuses (a key of another kind) is refused here."""
+    hydra = pytest.importorskip("dvc.utils.hydra", reason="dvc is an optional part: pip install 'decant[dvc]'")
+    named = [(page, line) for page in PAGES for line in overrides(page)]
+    assert len(named) >= 10
+    before = students(ROOT / "params.yaml")
+    for page, line in named:
+        shutil.copy(ROOT / "params.yaml", tmp_path / "params.yaml")
+        hydra.apply_overrides(tmp_path / "params.yaml", line)
+        changed = students(tmp_path / "params.yaml")
+        assert changed.keys() == before.keys(), (page.name, line)
+        assert changed != before, f"{page.name}: {line} changes nothing"
 
 
 @pytest.mark.slow
