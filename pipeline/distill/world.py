@@ -64,10 +64,11 @@ def join_world(device: str) -> Iterator[tuple[World, str]]:
             torch.cuda.set_device(device)
         with _others_needed():
             dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size)
-        try:
+    try:
+        with _told_once(store):  # before the group is left, which is an error to the others
             yield World(rank, size), device
-        finally:
-            dist.destroy_process_group()
+    finally:
+        dist.destroy_process_group()
 
 
 @contextmanager
