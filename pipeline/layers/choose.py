@@ -3,15 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cache.errors import SettingsError, StoreError
 from cache.names import array_name, in_order, in_words
 from cache.publish import digest_file, read_json
 from cache.receipts import open_arrays
 from pipeline.layers.ensembles import AnyEnsemble, Groups, Member, head_groups, members
-from pipeline.layers.groups import group_layers
-from pipeline.layers.similarity import Similarity
 from pipeline.layers.statistics import channel_statistics
 from pipeline.layers.targets import AnyInit, StoreTargets, Targets, weights_of
 
@@ -41,7 +37,9 @@ def choose_targets(
     teachers = members(ensemble)
     found = [_read_receipt(member.teacher, receipts) for member in teachers]
     if isinstance(ensemble, Groups):
-        made_of = [_grouped(ensemble, found[0], similarity)]
+        from pipeline.layers.grouped import arrays_of_groups  # brings scipy and dask: seconds that others need not wait
+
+        made_of = [arrays_of_groups(ensemble, found[0], similarity)]
     else:
         made_of = [_choose(member, receipt) for member, receipt in zip(teachers, found, strict=True)]
     audio = [receipt["fingerprint"]["audio"] for receipt in found]
@@ -86,60 +84,12 @@ def _choose(member: Member, receipt: dict[str, Any]) -> MadeOf:
     for wanted in map(array_name, layers):
         if wanted not in receipt["arrays"]:
             raise SettingsError(
-                f"ensemble.layers asks for layer {in_words(wanted)} of {teacher}, whose store has layers {_kept(receipt)}; "
+                f"ensemble.layers asks for layer {in_words(wanted)} of {teacher}, whose store has layers {kept_in_words(receipt)}; "
                 f"choose among them, or add it to what is kept of {teacher}"
             )
     return tuple((array_name(wanted),) for wanted in layers)
 
 
-def _grouped(ensemble: Groups, receipt: dict[str, Any], similarity: Path | None) -> MadeOf:
-    """The arrays of each group of layers: its stored mean where there is one, else each of its layers."""
-    teacher = ensemble.teacher
-    if similarity is None:
-        raise SettingsError(
-            "ensemble: {kind: groups} is made of how alike layers are; pass --similarity reports/similarity, where "
-            f"`decant similarity {teacher}` writes that"
-        )
-    found, measure = _read_similarity(teacher, similarity, receipt)
-    made_of = []
-    for group in group_layers(found, measure, ensemble.groups).groups:
-        layers = tuple(map(array_name, group))
-        mean = array_name(group) if len(group) > 1 else layers[0]
-        if mean not in receipt["arrays"] and (missing := [name for name in layers if name not in receipt["arrays"]]):
-            raise SettingsError(
-                f"a group of {teacher} has layers {list(group)}, and its store has layers {_kept(receipt)}; add "
-                f"{in_words(missing[0])} to what is kept of {teacher}, or leave it out of the groups (leave_out)"
-            )
-        made_of.append((mean,) if mean in receipt["arrays"] else layers)
-    return tuple(made_of)
-
-
-def _read_similarity(teacher: str, folder: Path, receipt: dict[str, Any]) -> tuple[Similarity, str]:
-    """What was found, and by which measure, after checking that it was found in this store."""
-    path = folder / f"{teacher}.json"
-    if not path.exists():
-        there = sorted(p.stem for p in folder.glob("*.json"))
-        raise SettingsError(
-            f"the ensemble groups layers of {teacher!r} but {folder} has similarities of {', '.join(there) or 'no teacher'}; "
-            f"choose one of them, or run `decant similarity {teacher}`"
-        )
-    described = read_json(path)
-    again = f"run `decant similarity {teacher}` again"
-    if (described.get("kind"), described.get("format")) != ("similarity", 1):
-        raise StoreError(
-            f"{path} is {described.get('kind')} format {described.get('format')}, not similarity 1; {again}"
-        )
-    try:
-        key, then, measure = described["key"], described["arrays"], described["settings"]["measure"]
-        found = Similarity(tuple(described["layers"]), np.array(described["matrix"], np.float64), described["frames"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise StoreError(f"{path} is damaged ({error}); {again}") from error
-    now = {name: array["digest"] for name, array in receipt["arrays"].items()}
-    if key != receipt["key"] or any(now.get(name, digest) != digest for name, digest in then.items()):
-        raise StoreError(f"{path} was found in another store than the receipt of {teacher} names; {again}")
-    return found, measure
-
-
-def _kept(receipt: dict[str, Any]) -> str:
+def kept_in_words(receipt: dict[str, Any]) -> str:
     """What a store keeps, as it is written in settings."""
     return ", ".join(map(in_words, in_order(list(receipt["arrays"]))))
