@@ -148,7 +148,7 @@ def test_w2v_bert_has_the_layers_of_transformers_on_its_own_frames(tmp_path, nam
     with torch.no_grad():
         model.set_attn_implementation("eager")
         expected = model(**prepared, output_hidden_states=True).hidden_states
-        ours = teacher.hear(waves, samples)
+        _, ours = teacher.hear(waves, samples)
     frames = PAIRS.num_frames(samples)
     assert torch.equal(frames, prepared["attention_mask"].sum(1))
     for one, other in zip(ours, expected, strict=True):
@@ -165,7 +165,7 @@ def test_whisper_has_the_layers_of_transformers_on_its_own_frames_and_no_final_n
     )
     with torch.no_grad():
         expected = model.encoder(prepared["input_features"], output_hidden_states=True).hidden_states
-        ours = teacher.hear(wave, samples)
+        _, ours = teacher.hear(wave, samples)
         ours_normed = model.encoder.layer_norm(ours[-1])
     mel = int(prepared["attention_mask"].sum())
     assert ours[0].shape[1] == int(model.encoder._get_feat_extract_output_lengths(torch.tensor(mel))) == 26
