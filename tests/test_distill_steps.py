@@ -173,7 +173,7 @@ def test_a_signal_saves_the_state_after_the_step_and_the_same_command_goes_on(wo
     assert contents(world.root / "models/distil") == contents(world.root / "models/whole")
 
 
-@pytest.mark.slow
+@pytest.mark.compiler
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_a_compiled_student_has_the_losses_of_one_that_is_not(world, tmp_path):

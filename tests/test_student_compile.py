@@ -45,7 +45,7 @@ def test_buckets_hold_the_longest_and_are_multiples():
     assert [bucket_samples(longest, 3_200) for longest in (1, 3_199, 3_200, 3_201)] == [3_200, 3_200, 3_200, 6_400]
 
 
-@pytest.mark.slow
+@pytest.mark.compiler
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_a_compiled_encoder_computes_the_same(tmp_path):
     """In a process of its own, because the shape checks of the tests are no part of what is compiled."""
