@@ -1,8 +1,24 @@
 """What a probe found out about one model on one task: facts, written as they stand into the score's JSON."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pipeline.tasks.metrics import Confusion, Interval, PhoneErrors
+
+MISSES = 8
+"""Test errors a score names, the worst first."""
+
+
+class Miss(NamedTuple):
+    """A test utterance, or trial, on which the first seed's head was wrong."""
+
+    ids: tuple[str, ...]
+    """One utterance; of a trial both."""
+    truth: str
+    answer: str
+    badness: float
+    """How wrong, larger is worse: the probability of the answer less that of the truth; edits over true phones or words; how
+    far the score of a trial is on the wrong side of the threshold of the EER."""
 
 
 @dataclass(frozen=True, slots=True)
