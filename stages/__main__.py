@@ -27,6 +27,7 @@ STAGES = {  # in the order of the pipeline, as `decant --help` lists them
     "probe": "a frozen model's score on one task",
     "report": "everything on one page",
     "lhotse": "the manifest and its waveforms, for lhotse",
+    "warm": "a command that runs many of these, each started sooner",
 }
 
 INTERRUPTED = 130  # from the keyboard
@@ -47,14 +48,15 @@ app = typer.Typer(
     ),
 )
 for name, sentence in STAGES.items():
-    app.command(name, short_help=sentence)(import_module(f"stages.{name}").main)
+    stage = import_module(f"stages.{name}")
+    app.command(name, short_help=sentence, context_settings=getattr(stage, "CONTEXT", None))(stage.main)
 app.add_typer(cachectl.app, name="cache", short_help="list, check, repair, clean and move the stores")
 
 
 def main() -> None:
     """Run one stage; a `DecantError` becomes one line on stderr and its exit code."""
     debug = "--debug" in sys.argv or os.environ.get("DECANT_DEBUG") == "1"
-    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    arguments = [a for a in sys.argv[1:] if a != "--debug" or sys.argv[1] == "warm"]  # its command may have one, too
     depth = 2 if arguments[:1] == ["cache"] else 1
     stage = " ".join(["decant", *[a for a in arguments[:depth] if a == "cache" or a in STAGES or a in cachectl.NAMES]])
     die_with_parent()

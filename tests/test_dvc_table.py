@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.warm_decant import Warm
+from stages._warm import Warm
 
 ROOT = Path(__file__).parent.parent
 pytest.importorskip("dvc", reason="dvc is an optional part: pip install 'decant[dvc]'")
@@ -131,10 +131,10 @@ def judged(*models):
 def test_a_change_reruns_what_depends_on_it_and_nothing_else(tmp_path):
     project = Project(tmp_path / "project")
     # The first run and the later ones have other hash salts: an ordering that hangs on them would show as a rerun.
-    with Warm(tmp_path / "first") as warm:
-        first_run(project, warm)
-    with Warm(tmp_path / "later") as warm:
-        reruns(project, warm)
+    for salt, part in (("1", first_run), ("2", reruns)):
+        project.environment["PYTHONHASHSEED"] = salt
+        with Warm(tmp_path / part.__name__, project.environment) as warm:
+            part(project, warm)
 
 
 def first_run(project, warm):
