@@ -21,7 +21,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@touch $@
 
 demo: env
-	dvc repro
+	decant warm dvc repro
 	@echo
 	@echo "Done. Open the report: $(CURDIR)/reports/index.html"
 	@echo "Change a student in params.yaml and run 'dvc repro': nothing but that student runs again."
