@@ -10,7 +10,7 @@ from statistics import fmean
 
 import torch
 
-from pipeline.tasks import metrics
+from pipeline.tasks import metrics, misses
 from pipeline.tasks.features import PooledFeatures
 from pipeline.tasks.labels import LabelledSplits, Task
 from pipeline.tasks.probe import ProbeParams, probe
@@ -44,6 +44,7 @@ def probe_folds(
         layer_weights=_mean_weights([score.layer_weights for score in scores]),
         classes=classes,
         counts={split: counts[split] for split in ("train", "dev", "test")},
+        misses=misses.worst(miss for score in scores for miss in score.misses),
         confusion=_confusion(scores, classes),
         folds=tuple(
             FoldScore(

@@ -14,11 +14,11 @@ from jaxtyping import Int64
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from pipeline.tasks import grid, metrics
+from pipeline.tasks import grid, metrics, misses
 from pipeline.tasks.features import PooledFeatures
 from pipeline.tasks.heads import ProbeHead
 from pipeline.tasks.labels import Examples, LabelledSplits
-from pipeline.tasks.score import ProbeScore, SeedScore
+from pipeline.tasks.score import Miss, ProbeScore, SeedScore
 
 
 class ProbeParams(BaseModel, frozen=True, extra="forbid"):
@@ -69,10 +69,14 @@ def probe(features: PooledFeatures, splits: LabelledSplits, params: ProbeParams,
 
     means, truth = _on(torch.device("cpu"), features, splits.test)
     scores, answered = [], Counter[tuple[int, int]]()
+    wrong: tuple[Miss, ...] = ()
     for number, seed in enumerate(params.seeds):
         head = best.head(number, chosen, like=heads[number])
         with torch.no_grad():
-            answers = torch.cat([head.pooled(some).argmax(-1) for some in means.split(256)])
+            logits = torch.cat([head.pooled(some) for some in means.split(256)])
+        answers = logits.argmax(-1)
+        if number == 0:
+            wrong = misses.of_classes(splits.test.ids, splits.names, logits, truth)
         for cell in metrics.confusion(answers, truth):
             answered[cell.truth, cell.answer] += cell.times
         scores.append(
@@ -101,6 +105,7 @@ def probe(features: PooledFeatures, splits: LabelledSplits, params: ProbeParams,
         layer_weights=tuple(round(fmean(column), 6) for column in zip(*(s.layer_weights for s in scores), strict=True)),
         classes=splits.names,
         counts={"train": len(splits.train), "dev": len(splits.dev), "test": len(splits.test)},
+        misses=wrong,
         confusion=tuple(metrics.Confusion(*pair, answered[pair]) for pair in sorted(answered)),
     )
 

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, Field
 
-from pipeline.tasks import grid, metrics
+from pipeline.tasks import grid, metrics, misses
 from pipeline.tasks.framegrid import FrameGrid
 from pipeline.tasks.frames import AT_ONCE, FrameFeatures
 from pipeline.tasks.heads import ProbeHead
@@ -123,6 +123,7 @@ def recognise(
         layer_weights=tuple(round(fmean(column), 6) for column in zip(*(s.layer_weights for s in seeds), strict=True)),
         classes=splits.names,
         counts={"train": len(splits.train), "dev": len(splits.dev), "test": len(splits.test)},
+        misses=misses.of_strings(splits.test.ids, splits.names, splits.test.strings, heard[0]),
         errors=metrics.PhoneErrors(*(sum(kind) for kind in zip(*(e for of in edits for e in of), strict=True))),
         test_phones=splits.test.num_phones,
         unseen=splits.unseen,

@@ -57,6 +57,8 @@ class Score:
     classes: tuple[str, ...]
     """Of a whole utterance, or phones."""
     counts: dict[str, int]
+    misses: tuple[Miss, ...]
+    """The worst test errors of the first seed, the worst first; none where all was right."""
 
 
 @dataclass(frozen=True, slots=True)
