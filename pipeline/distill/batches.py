@@ -59,7 +59,7 @@ class BatchReader:
         Args:
             manifest: what is read.
             waves: its waveforms.
-            features: K stores with targets.
+            features: K stores with targets; none where only waveforms are read.
             arrays: what to read of each.
             distort: what happens to the waveforms of planned batches; None: nothing.
             seed: of the training; the noise is drawn from it.
@@ -84,8 +84,9 @@ class BatchReader:
         shape = len(manifest), 1 + len(features)
         self._places: Int64[np.ndarray, "U 1+K"] = np.array(places, dtype=np.int64).reshape(shape)
         self.samples = manifest.samples
-        first = features[0]
-        self.shards: Int64[np.ndarray, " U"] = first.plan.start[self._places[:, 1]] // first.grid.shard_rows
+        first = [*features, waves][0]
+        places_there = self._places[:, 1 if features else 0]
+        self.shards: Int64[np.ndarray, " U"] = first.plan.start[places_there] // first.grid.shard_rows
         """The shard that each utterance is in: of the first feature store, and of all that are cut alike."""
         self._noisy: NoisyBatches | None = None
         if distort is not None:

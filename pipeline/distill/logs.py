@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from cache.errors import ResourceError
 from cache.publish import read_json, write_json
 from pipeline.distill.curves import Log
-from pipeline.distill.settings import StudentParams
 from pipeline.extras import from_extra
 
 
@@ -98,14 +99,14 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-def open_logs(tensorboard: Path | None, wandb: str | None, name: str, params: StudentParams) -> list[Log]:
+def open_logs(tensorboard: Path | None, wandb: str | None, name: str, params: BaseModel) -> list[Log]:
     """The loggers that were asked for.
 
     Args:
         tensorboard: folder.
         wandb: project.
         name: of the student.
-        params: its settings.
+        params: its settings, or those of a fine-tuning.
 
     Raises:
         SettingsError: the extra of one is not installed.

@@ -168,7 +168,7 @@ def plan_epoch(
     del draws
     first, last, begin = [], [], 0
     for group in groups:
-        ends = np.append(_cut(sizes, group, budget), len(group)) + begin
+        ends = np.append(cut(sizes, group, budget), len(group)) + begin
         batches = generator.permutation(len(ends))
         first.append(np.append(begin, ends[:-1])[batches])
         last.append(ends[batches])
@@ -176,7 +176,7 @@ def plan_epoch(
     return EpochPlan(samples, order, starts, limit, np.concatenate(first), np.concatenate(last))
 
 
-def _cut(sizes: Int64[np.ndarray, " U"], order: Int32[np.ndarray, " G"], budget: int) -> Int64[np.ndarray, " N"]:
+def cut(sizes: Int64[np.ndarray, " U"], order: Int32[np.ndarray, " G"], budget: int) -> Int64[np.ndarray, " N"]:
     """Where batches begin, the first left out: each takes utterances until its padding would exceed the budget."""
     cuts = array("q")
     count = longest = 0

@@ -16,10 +16,14 @@ from pipeline.student.encoder import Encoder
 from pipeline.student.shape import EncoderShape
 
 FORMAT = 1
+MADE_BY = {"student": "distill", "finetuned": "finetune"}  # which command writes a folder of which kind
 
 
 def save_student(directory: Path, encoder: Encoder, facts: dict[str, Any]) -> None:
-    """Write a student into an existing folder; the same weights and facts give the same bytes."""
+    """Write a student into an existing folder; the same weights and facts give the same bytes.
+
+    A `kind` among the facts is that of the folder: "finetuned" for one of `decant finetune`.
+    """
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
     (directory / "weights.safetensors").write_bytes(save(weights))  # save_file hides what the disk refuses
     described = {
@@ -39,13 +43,13 @@ def load_student(directory: Path) -> Encoder:
         StoreError: a file is missing, from a newer version, or its bytes are not those that were written.
     """
     described = read_json(directory / "shape.json")
-    if described.get("kind") != "student" or described.get("format") != FORMAT:
-        kind, version = described.get("kind"), described.get("format")
+    kind, version = described.get("kind"), described.get("format")
+    if kind not in MADE_BY or version != FORMAT:
         raise StoreError(
             f"{directory}/shape.json is {kind} format {version}; this version reads student format {FORMAT}"
         )
     weights = directory / "weights.safetensors"
-    remedy = f"delete {directory} and run `decant distill` again"
+    remedy = f"delete {directory} and run `decant {MADE_BY[kind]}` again"
     if not weights.exists():
         raise StoreError(f"{weights} does not exist; {remedy}")
     if digest_file(weights) != described["weights"]:
