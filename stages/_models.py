@@ -1,7 +1,8 @@
-"""Paths of models in, as they are given on the command line; the folders and files of the models out."""
+"""Models in, as they are given on the command line or in the params file; their folders and files out."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def model_paths(given: Sequence[Path], of: str, params: Path) -> list[Path]:
@@ -16,3 +17,29 @@ def model_paths(given: Sequence[Path], of: str, params: Path) -> list[Path]:
         return list(given)
     names: list[str] = read_params(of, list[str], params)
     return [folder / name for folder in given for name in names]
+
+
+def named_models(given: Sequence[str], of: str, params: Path) -> dict[str, Path]:
+    """NAME=PATH as they were given, and after them what stands below the key `of`; a later path of a name counts.
+
+    Raises:
+        SettingsError: no model at all, or one without a name or a path.
+    """
+    from cache.errors import SettingsError
+    from stages._params import read_params
+
+    paths = {}
+    for pair in given:
+        name, equals, path = pair.partition("=")
+        if not (name and equals and path):
+            raise SettingsError(f"--models is '{pair}'; write it NAME=PATH, as in --models distil=models/distil")
+        paths[name] = Path(path)
+    if of:
+        below: dict[str, dict[str, Any]] = read_params(of, dict[str, dict[str, Any]], params)
+        for name, settings in below.items():
+            if "path" not in settings:
+                raise SettingsError(f"{params}: {of}.{name} has no path; write {{path: FOLDER}}")
+            paths[name] = Path(settings["path"])
+    if not paths:
+        raise SettingsError("there is nothing to measure; give --models NAME=PATH, or --of models")
+    return paths
