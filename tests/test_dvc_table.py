@@ -39,6 +39,7 @@ def small_params():
     spare["source"].update(takes="model", shape=None)
     params["means"] = {"both": {"teachers": ["first", "second"], "keep": {"layers": [[1, 2]], "select": "all"}}}
     params["similarity"]["seconds"] = 20
+    params["report"]["superb"] = None  # no baseline here
     student = params["students"]["distil"]
     student["shape"].update(SIZES, heads=[2], head_width=4, ffn=[8])
     student["train"].update(steps=2, batch_seconds=8.0, validate_every=2, checkpoint_every=2, log_every=1)

@@ -1,9 +1,7 @@
 """The report over a small made-up run: whole, right, the same bytes each time, and legible to a browser."""
 
 import csv
-import hashlib
 import json
-import math
 import re
 import shutil
 import subprocess
@@ -14,141 +12,12 @@ from pathlib import Path
 import pytest
 
 from cache.errors import DataError, DecantError, StoreError
-from cache.manifest import Manifest, Utterance, write_manifest
 from cache.publish import read_json, write_json
-from pipeline.report import drawing, figures, page, sections, tables, wording
-from pipeline.report.gather import Run, gather
+from pipeline.report import drawing, figures, page, results, sections, tables, training, wording
+from pipeline.report.gather import gather
+from pipeline.report.run import Run
 from stages.report import main
-
-WORDS = ("down", "go", "left", "no", "off", "on", "right", "stop", "up", "yes")
-PROBE = {
-    "head_width": 256,
-    "normalise_layers": False,
-    "lrs": [0.0001, 0.001, 0.01, 0.1],
-    "seeds": [0, 1, 2],
-    "steps": 600,
-    "batch": 32,
-    "class_balanced": True,
-    "clip_norm": 1.0,
-    "validate_every": 50,
-    "patience": None,
-}
-MODELS = {  # kind, layers, width, parameters, accuracy on kws and sid
-    "hubert": ("hubert", 6, 192, 2_513_408, 0.9312, 0.8742),
-    "distil": ("student", 3, 192, 1_212_960, 0.8875, 0.8283),
-    "small": ("student", 3, 96, 412_300, 0.8421, 0.7642),
-    "untrained": ("student", 3, 192, 1_212_960, 0.6104, 0.5921),
-    "log-mel": ("log-mel", 1, 80, 0, 0.5833, 0.4983),
-}
-
-
-def utterance(number: int) -> Utterance:
-    split = ("train", "train", "train", "dev", "test")[number % 5]
-    return Utterance(
-        id=f"espeak/{number:04d}",
-        corpus="espeak",
-        path=f"{number}.wav",
-        samples=16_000 + 40 * number,
-        rate_hz=22_050,
-        file_samples=1,
-        file_bytes=1,
-        audio="0" * 32,
-        split=split,
-        tasks={"kws": split, "sid": split} if number % 2 else {"sid": split},
-        speaker=f"spk{number % 36:02d}",
-        keyword=WORDS[number % 10],
-    )
-
-
-def receipt(kind: str, model: dict, layers: list[str], width: int | None, codec: str) -> dict:
-    value_bytes = {"float16": 2, "int16": 2}[codec]
-    rows = 204_812 if kind == "features" else 66_101_344
-    shards = [[rows * (width or 1) * value_bytes // 4, f"{n:032x}"] for n in range(4)]
-    return {
-        "format": 1,
-        "kind": kind,
-        "key": hashlib.sha256(f"{kind} {model}".encode()).hexdigest()[:20],
-        "fingerprint": {"model": model, "codec": codec} if model else {},
-        "arrays": {name: {"width": width, "codec": codec, "digest": "0" * 64, "shards": shards} for name in layers},
-        "utterances": 600,
-        "rows": rows,
-    }
-
-
-def write_curve(path: Path, steps: int, floor: float) -> None:
-    lines = ["step,rate,l1,cosine,total,grad_norm,dev_l1,dev_cosine,dev_total", "0,,,,,,2.1,0.69,2.79"]
-    for step in range(10, steps + 1, 10):
-        loss = floor + 0.5 * math.exp(-step / (steps / 6)) + 0.02 * math.sin(step * 1.7) + 1.2 * math.exp(-step / 6)
-        dev = f"{loss * 0.6:.5f},{loss * 0.4:.5f},{floor + 0.01 + 0.5 * math.exp(-step / (steps / 6)):.5f}"
-        lines.append(f"{step},0.001,{loss * 0.6:.5f},{loss * 0.4:.5f},{loss:.5f},1.0,{dev if step % 50 == 0 else ',,'}")
-    path.write_text("\n".join(lines) + "\n")
-
-
-def write_score(run: Path, model: str, task: str, mean: float) -> None:
-    kind, layers, width, num_params, *_ = MODELS[model]
-    weights = [math.exp(-abs(layer - 0.6 * layers) * (1.2 if task == "kws" else 0.5)) for layer in range(layers)]
-    described = read_json(run / "features" / f"{model}.json")
-    write_json(
-        run / "reports" / "probe" / f"{model}-{task}.json",
-        {
-            "format": 1,
-            "model": model,
-            "task": task,
-            "description": {"kind": kind, "width": width, "num_params": num_params, "store": described["key"]},
-            "metric": "accuracy",
-            "mean": mean,
-            "sd": 0.0061,
-            "interval": [mean - 0.031, min(1.0, mean + 0.027)],
-            "chance": 0.1 if task == "kws" else 1 / 36,
-            "majority": 0.1 if task == "kws" else 0.0333,
-            "lr": 0.01 if task == "kws" else 0.1,
-            "lr_at_edge": task == "sid",
-            "layers": [f"layer-{layer:02d}" for layer in range(layers)],
-            "layer_weights": [weight / sum(weights) for weight in weights],
-            "classes": list(WORDS) if task == "kws" else [f"spk{n:02d}" for n in range(36)],
-            "counts": {"train": 1240, "dev": 240, "test": 480},
-            "params": PROBE,
-        },
-    )
-
-
-def write_run(run: Path) -> dict[str, Path]:
-    """A run as the stages leave it: one teacher, three students (one untrained), a log-mel baseline, two tasks."""
-    write_manifest(run / "data" / "manifest.jsonl", Manifest(tuple(utterance(number) for number in range(600))))
-    write_json(run / "data" / "quarantine.json", [{"id": "espeak/9999", "path": "9999.wav", "reason": "empty"}])
-    write_json(run / "receipts" / "waves.json", receipt("waves", {}, ["wave"], None, "int16"))
-    for name, (kind, layers, width, num_params, kws, sid) in MODELS.items():
-        model = {"kind": kind, "digest": name, "num_params": num_params, "width": width, "layers": layers}
-        names = [f"layer-{layer:02d}" for layer in range(layers)]
-        write_json(run / "features" / f"{name}.json", receipt("features", model, names, width, "float16"))
-        if kind == "hubert":
-            write_json(run / "receipts" / f"{name}.json", receipt("features", model, names[1::2], width, "float16"))
-        if kind == "student":
-            folder = run / "models" / name
-            folder.mkdir(parents=True)
-            steps = 0 if name == "untrained" else 1200
-            write_curve(folder / "curves.csv", steps, 0.62 if name == "distil" else 0.71)
-            settings = {"init": {"kind": "adopted"}, "train": {"steps": steps, "lr": 0.001, "batch_seconds": 60}}
-            shape = {"width": width, "heads": [4, 4], "ffn": [768, 768]}
-            arrays = [{"name": f"layer-{n:02d}", "digest": "0"} for n in (1, 3, 5)]
-            targets = {"stores": [{"key": "0", "arrays": arrays}]}
-            facts = {"format": 1, "kind": "student", "shape": shape, "settings": settings, "targets": targets}
-            write_json(folder / "shape.json", facts)
-            dev = {"l1": 0.3812, "cosine": 0.2466, "total": 0.6278}
-            parameters = {"student": num_params, "heads": 296_640}
-            write_json(folder / "metrics.json", {"steps": steps, "dev": dev, "parameters": parameters, "epochs": 1})
-            (folder / "weights.safetensors").write_bytes(bytes(4 * num_params + 4000))
-        write_score(run, name, "kws", kws)
-        write_score(run, name, "sid", sid)
-    return {
-        "manifest": run / "data" / "manifest.jsonl",
-        "quarantine": run / "data" / "quarantine.json",
-        "waves": run / "receipts" / "waves.json",
-        "receipts": run / "receipts",
-        "features": run / "features",
-        "models": run / "models",
-        "probes": run / "reports" / "probe",
-    }
+from tests.report_fixtures import MODELS, receipt, write_profile, write_run
 
 
 @pytest.fixture(scope="module")
@@ -170,10 +39,14 @@ def own(paths, tmp_path) -> dict[str, Path]:
 
 
 def test_every_product_is_there_and_the_same_bytes_each_time(paths, tmp_path, capsys):
+    params = tmp_path / "params.yaml"
+    params.write_text("report: {superb: {zero: {kind: model, model: log-mel}, thousand: {kind: best}}, listen: null}\n")
+    profile = write_profile(tmp_path / "profile.json")
     for out in ("one", "two"):
-        main(**paths, out=tmp_path / out, readme=None)
+        main(**paths, out=tmp_path / out, profile=profile, params=params)
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert names == ["curves.png", "index.html", "layer-weights.png", "metrics.json", "scores.csv"]
+    pictures = ["curves.png", "layer-weights.png", *(f"pareto-{cost}.png" for cost in ("macs", "size", "speed"))]
+    assert names == sorted([*pictures, "index.html", "metrics.json", "scores.csv"])
     for name in names:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
     assert "report: 10 scores of 5 models" in capsys.readouterr().out
@@ -280,8 +153,8 @@ def test_models_stand_in_groups_with_the_larger_first_and_the_untrained_last(run
     }
 
 
-def test_the_best_of_each_task_and_only_it_is_bold(run):
-    table = sections.results(run)
+def test_the_best_of_each_task_and_of_each_group_is_marked(run):
+    table = results.table(run)
     assert re.findall(r"<b>([\d.]+)</b>", table) == ["93.1", "87.4"]
     assert tables.markdown(run).count("**") == 4
 
@@ -391,8 +264,10 @@ def test_a_curve_that_does_not_read_is_refused(own):
 def test_the_table_goes_between_the_marks_of_a_readme_and_nowhere_else(paths, tmp_path):
     readme = tmp_path / "README.md"
     readme.write_bytes(b"# Title\r\n\n<!-- results:begin -->\nold\n<!-- results:end -->\ntail, no newline")
+    params = tmp_path / "params.yaml"
+    params.write_text("report: {superb: null, listen: null}\n")
     for _ in range(2):  # doing it again changes nothing
-        main(**paths, out=tmp_path / "reports", readme=readme)
+        main(**paths, out=tmp_path / "reports", readme=readme, params=params)
         text = readme.read_bytes().decode()
         assert text.startswith("# Title\r\n\n<!-- results:begin -->\n| model |")
         assert text.endswith("<!-- results:end -->\ntail, no newline")
@@ -479,13 +354,13 @@ def with_phones(own) -> dict[str, Path]:
 
 def test_an_error_rate_is_marked_and_the_lowest_is_the_best(with_phones):
     run = gather(**with_phones)
-    assert run.tasks == ("kws", "sid", "pr")
+    assert run.tasks == ("pr", "kws", "sid")
     assert run.best("pr") == 0.4021
     head, _, *rows = tables.markdown(run).splitlines()
-    assert head.endswith("| Phone recognition, PER, % ↓ |")
-    assert [row.split("|")[6].strip() for row in rows[:2]] == ["43.1 ± 0.6", "**40.2** ± 0.6"]
-    assert "PER is an error rate, lower is better; one answer for all gives 92.6." in rows[-1]
-    table = sections.results(run)
+    assert head.endswith("| weights | PR, PER ↓ | KS | SID |")
+    assert [row.split("|")[4].strip() for row in rows[:2]] == ["43.1 ± 0.6", "**40.2** ± 0.6"]
+    assert "↓ is an error rate, lower is better; without listening it is 92.6 (PR)." in rows[-1]
+    table = results.table(run)
     assert re.findall(r"<b>([\d.]+)</b>", table) == ["93.1", "87.4", "40.2"]
     assert '<th class="num task">PER, % ↓</th>' in table
     assert '<th class="num task">accuracy, %</th>' in table
@@ -499,7 +374,7 @@ def test_the_best_student_of_an_error_rate_is_the_one_with_the_fewest(with_phone
 
 
 def test_an_error_rate_above_all_phones_stays_on_its_axis(with_phones):
-    table = sections.results(gather(**with_phones))
+    table = results.certainty(gather(**with_phones))
     assert "95 % interval 100.0 to 105.0, not listening 92.6" in table
     places = [float(place) for place in re.findall(r'cx="([\d.]+)"|H([\d.]+)"', table) for place in place if place]
     assert max(places) <= 100
@@ -513,9 +388,8 @@ def test_a_page_without_an_error_rate_has_no_arrow(run):
 def test_the_protocol_says_how_each_kind_of_task_is_scored(run, with_phones):
     assert "CTC" not in sections.protocol(run)
     text = sections.protocol(gather(**with_phones))
-    assert "PR for phone recognition" in text
-    assert "a linear classifier of every frame under CTC, greedy answers" in text
-    assert "for PER, the bootstrap’s over 480 test utterances" in text
+    assert "PR: a linear layer and a linear classifier of every frame under CTC, greedy answers." in text
+    assert "the bootstrap’s for PER over 480 test utterances" in text
 
 
 def test_a_run_of_phone_recognition_alone_still_makes_a_page(with_phones):
@@ -616,7 +490,7 @@ def test_a_pruned_student_shows_its_phases_and_its_size_before_and_after(own):
     small = next(student for student in run.students if student.name == "small")
     assert (small.unpruned, small.pruned_at) == (UNPRUNED, 800)
     assert [point.sparsity for point in small.curve][6:9] == [0.6, 0.6, None]
-    row = next(line for line in sections.losses(run).split("<tr>") if ">small<" in line)
+    row = next(line for line in training.losses(run).split("<tr>") if ">small<" in line)
     sizes = f"{wording.params(UNPRUNED)} → {wording.params(round(0.4 * UNPRUNED))}"
     assert f">{sizes}<" in row
     assert ">800 + 400<" in row
@@ -642,16 +516,16 @@ def test_a_pruned_student_without_a_shape_is_refused(own):
 
 
 def test_losses_of_single_targets_are_told_by_teacher_and_layer(run, own):
-    table = sections.target_losses(gather(**pruned(own)))
+    table = training.target_losses(gather(**pruned(own)))
     assert re.findall(r'<th class="num">([^<]+)</th>', table) == ["projection", "1–3", "10"]
     assert re.findall(r'<td class="num">([^<]+)</td>', table) == ["−0.900", "−0.600", "−0.500"]
-    assert sections.target_losses(run) == ""
+    assert training.target_losses(run) == ""
     assert 'id="targets"' not in page.html(run)
 
 
 def test_a_page_without_pruning_does_not_speak_of_it(run):
     assert "Dashes:" not in page.html(run)
-    assert "→ " not in sections.losses(run)
+    assert "→ " not in training.losses(run)
 
 
 def test_the_curves_of_a_dozen_students_stand_in_rows_of_three(run):

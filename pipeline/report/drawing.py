@@ -8,7 +8,7 @@ from html import escape
 from typing import NamedTuple
 
 from pipeline.report import wording
-from pipeline.report.gather import Run
+from pipeline.report.run import Run
 
 STEP, LEFT, LINE = 141, 8, 104
 """Distance of stations, x of the first, y of the line they stand on."""

@@ -16,7 +16,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from pipeline.report import wording
-from pipeline.report.gather import Run, Student
+from pipeline.report.run import Run, Student
 from pipeline.tasks.labels import TASKS
 
 INK, MUTED, HAIRLINE, ACCENT = "#211d1e", "#7a7274", "#d9d3d0", "#7b1e3a"
@@ -124,48 +124,50 @@ def layer_weights(run: Run) -> Figure:
     """
     names = [model.name for model in run.models if model.num_layers > 1]
     deepest = max(len(score.layer_weights) for score in run.scores.values())
+    columns = min(len(run.tasks), 6 if deepest <= 6 else 3)
+    rows, is_wide = ceil(len(run.tasks) / columns), columns <= 3
     with matplotlib.rc_context(LOOK):
-        figure = Figure(figsize=(WIDTH, 0.9 + 0.34 * max(1, len(names))), layout="constrained")
-        axes = figure.subplots(1, len(run.tasks), squeeze=False, sharey=True)[0]
-        for axis, task in zip(axes, run.tasks, strict=True):
-            axis.set_title(TASKS[task].title, loc="left", fontsize=10, color=INK, fontweight="bold")
+        height = rows * (0.9 + 0.34 * max(1, len(names)))
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
+        for axis in axes[len(run.tasks) :]:
+            axis.set_axis_off()
+        for axis, task in zip(axes, run.tasks, strict=False):
+            title = TASKS[task].title if is_wide else TASKS[task].superb
+            axis.set_title(title, loc="left", fontsize=10, color=INK, fontweight="bold")
             axis.spines[:].set_visible(False)
             axis.tick_params(length=0)
             for row, name in enumerate(names):
                 score = run.scores.get((name, task))
-                weights = () if score is None else score.layer_weights
-                if weights:
-                    edges = [column - 0.5 for column in range(len(weights) + 1)]
-                    axis.pcolormesh(
-                        edges,
-                        [row - 0.5, row + 0.5],
-                        [weights],
-                        cmap=WINE,
-                        vmin=0,
-                        vmax=max(0.5, max(weights)),
-                        edgecolors="white",
-                        linewidth=1.5,
-                    )
-                for column, weight in enumerate(weights):
-                    if deepest <= 14:
-                        shade = weight / max(0.5, *weights)
-                        axis.text(
-                            column,
-                            row,
-                            f"{weight:.2f}".removeprefix("0"),
-                            ha="center",
-                            va="center",
-                            fontsize=8 if deepest <= 8 else 6.5,
-                            color="white" if shade > 0.6 else INK,
-                        )
+                if score is not None:
+                    _weights_of(axis, row, score.layer_weights, deepest, is_wide)
             axis.set_xlim(-0.5, deepest - 0.5)
             axis.set_ylim(max(1, len(names)) - 0.5, -0.5)
             axis.set_xticks(range(0, deepest, 1 if deepest <= 14 else 4))
             axis.set_yticks(range(len(names)), names, color=INK)
-            axis.set_xlabel("layer (0 is the input of the first block)")
+            axis.set_xlabel("layer (0 is the input of the first block)" if is_wide else "layer")
             if not names:
                 axis.text(0, 0, "no model with more than one layer", color=MUTED, va="center")
     return figure
+
+
+def _weights_of(axis: Axes, row: int, weights: Sequence[float], deepest: int, is_wide: bool) -> None:
+    """One line of a panel."""
+    top = max(0.5, *weights)
+    edges = [column - 0.5 for column in range(len(weights) + 1)]
+    axis.pcolormesh(
+        edges, [row - 0.5, row + 0.5], [weights], cmap=WINE, vmin=0, vmax=top, edgecolors="white", linewidth=1.5
+    )
+    for column, weight in enumerate(weights if deepest <= 14 else ()):
+        axis.text(
+            column,
+            row,
+            f"{weight:.2f}".removeprefix("0"),
+            ha="center",
+            va="center",
+            fontsize=8 if deepest <= 8 and is_wide else 6.5,
+            color="white" if weight / top > 0.6 else INK,
+        )
 
 
 def png(figure: Figure) -> bytes:

@@ -8,9 +8,8 @@ stale looks exactly like one in which none is.
 import csv
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -19,139 +18,22 @@ from cache.frames import RATE_HZ
 from cache.manifest import SPLITS, Manifest, read_manifest
 from cache.names import PROJECTION, keeps_layers
 from cache.publish import read_json
-from pipeline.report.products import MetricsFile, ReceiptFile, ScoreFile, SimilarityFile, files, parsed
-from pipeline.tasks.labels import TASKS, whole_task
+from pipeline.report.products import (
+    MetricsFile,
+    ProfileFile,
+    ReceiptFile,
+    ScoreFile,
+    SimilarityFile,
+    TunedFile,
+    files,
+    parsed,
+)
+from pipeline.report.run import TERMS, Corpus, CurvePoint, Model, Run, StoreFacts, Student, Tuned
+from pipeline.report.superb import SuperbParams, superb_of
+from pipeline.tasks.labels import whole_task
 
-TERMS = ("l1", "l2", "cosine", "total")  # of a loss; what else was validated are the losses of single targets
-
-
-class CurvePoint(NamedTuple):
-    """One line of curves.csv: train is the mean since the line before, dev is there where the student was validated."""
-
-    step: int
-    train: float | None
-    dev: float | None
-    sparsity: float | None
-    """Share of the parameters that the gates of a pruned student are expected to remove; until they are closed."""
-    targets: dict[str, float]
-    """Where the student was validated: target -> its loss."""
-
-
-@dataclass(frozen=True, slots=True)
-class Corpus:
-    """What one corpus gave."""
-
-    name: str
-    utterances: int
-    hours: float
-    speakers: int
-    splits: dict[str, int]
-    tasks: dict[str, int]
-    """Utterances that take part in each; in folds, in any of them."""
-    quarantined: int
-
-
-@dataclass(frozen=True, slots=True)
-class StoreFacts:
-    """One store on disk, whoever has a receipt of it."""
-
-    name: str
-    purposes: tuple[str, ...]
-    """waveforms, or targets and/or features: a teacher that is also probed is stored once."""
-    layers: tuple[str, ...]
-    width: int | None
-    codec: str
-    utterances: int
-    rows: int
-    bytes: int
-    shards: int
-    key: str
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """A model that was probed."""
-
-    name: str
-    kind: str
-    """The family of a teacher, `student`, or `log-mel`."""
-    num_layers: int
-    width: int
-    num_params: int | None
-    weight_bytes: int | None
-    """Students: the file as it lies on disk; others: four bytes a parameter."""
-    untrained: bool
-
-    @property
-    def role(self) -> str:
-        """teacher | student | baseline: the groups of every table."""
-        return {"student": "student", "log-mel": "baseline"}.get(self.kind, "teacher")
-
-
-@dataclass(frozen=True, slots=True)
-class Student:
-    """How a student was trained."""
-
-    name: str
-    metrics: MetricsFile
-    curve: tuple[CurvePoint, ...]
-    facts: dict[str, Any]
-    """shape.json: shape, settings, targets."""
-    unpruned: int | None
-    """Parameters before pruning; None where there was none."""
-
-    @property
-    def pruned_at(self) -> int | None:
-        """The step after which what the gates closed on was removed."""
-        settings = self.facts.get("settings", {})
-        return settings["train"]["steps"] if settings.get("prune") else None
-
-    @property
-    def target_losses(self) -> dict[str, float]:
-        """The loss of every target on dev at the last validation: hubert.layer-04 -> loss."""
-        validated = [point.targets for point in self.curve if point.targets]
-        return validated[-1] if validated else {}
-
-    @property
-    def num_targets(self) -> int:
-        """Layers it predicts."""
-        return sum(len(store["arrays"]) for store in self.facts.get("targets", {}).get("stores", ()))
-
-    @property
-    def teachers(self) -> tuple[str, ...]:
-        """Whom it learned from, by name."""
-        ensemble = self.facts.get("settings", {}).get("ensemble", {})
-        each = ensemble.get("teachers") or [ensemble]
-        return tuple(one["teacher"] for one in each if "teacher" in one)
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Everything a report says."""
-
-    corpora: tuple[Corpus, ...]
-    stores: tuple[StoreFacts, ...]
-    models: tuple[Model, ...]
-    """Teachers, students, baselines; larger first within each."""
-    students: tuple[Student, ...]
-    tasks: tuple[str, ...]
-    scores: dict[tuple[str, str], ScoreFile]
-    """(model, task) -> score; a pair that was not probed is absent."""
-    similarities: tuple[SimilarityFile, ...]
-    """Of the teachers whose layers were compared."""
-
-    def best(self, task: str) -> float:
-        """The best score of a task: the highest, or the lowest where the metric is an error rate."""
-        means = [score.mean for (_, of), score in self.scores.items() if of == task]
-        return max(means) if TASKS[task].higher_is_better else min(means)
-
-    def any_score(self, task: str) -> ScoreFile:
-        """What the scores of a task have in common can be read from any: its test split, its floor, its settings."""
-        return next(score for (_, of), score in self.scores.items() if of == task)
-
-    def of_role(self, role: str) -> list[Model]:
-        """The models of one group."""
-        return [model for model in self.models if model.role == role]
+ORDER = ("pr", "asr", "kws", "sid", "sv", "er")
+"""Tasks as SUPERB's tables have them: content, speaker, emotion."""
 
 
 def gather(
@@ -163,11 +45,14 @@ def gather(
     models: Path,
     probes: Path,
     similarity: Path | None = None,
+    profile: Path | None = None,
+    superb: SuperbParams | None = None,
 ) -> Run:
     """Read a run from its products.
 
     Raises:
         StoreError: a product is missing, unreadable, or older than what it was made from.
+        SettingsError: the model that is to score 0 was not probed.
     """
     read: Manifest = read_manifest(manifest)
     of_teachers = {
@@ -180,9 +65,9 @@ def gather(
             f"{receipts} holds no receipt of a teacher; run `decant extract` (or `dvc repro`) before the report"
         )
     of_models = {p.stem: parsed(p, ReceiptFile) for p in files(features, "*.json", "receipt of features", "extract")}
-    students = tuple(
-        _student(path.parent) for path in files(models, "*/shape.json", "student (NAME/shape.json)", "distill")
-    )
+    folders = [path.parent for path in files(models, "*/shape.json", "student (NAME/shape.json)", "distill")]
+    is_tuned = {folder: read_json(folder / "shape.json").get("kind") == "finetuned" for folder in folders}
+    students = tuple(_student(folder) for folder in folders if not is_tuned[folder])
     scores = {}
     for path in files(probes, "*.json", "score", "probe"):
         score = parsed(path, ScoreFile)
@@ -200,8 +85,12 @@ def gather(
         scores[score.model, score.task] = score
     probed = {name for name, _ in scores}
     known = {student.name: student for student in students}
-    described = [_model(name, receipt, models, known) for name, receipt in of_models.items() if name in probed]
+    costs = None if profile is None else _profile(profile, of_models)
+    described = [_model(name, receipt, models, known, costs) for name, receipt in of_models.items() if name in probed]
     order = {"teacher": 0, "student": 1, "baseline": 2}
+    ordered = sorted(described, key=lambda m: (order[m.role], m.untrained, -(m.num_params or 0), m.name))
+    tasks = tuple(sorted({task for _, task in scores}, key=lambda task: (*ORDER, task).index(task)))
+    means = {pair: score.mean for pair, score in scores.items()}
     return Run(
         corpora=tuple(_corpora(read, quarantine)),
         stores=tuple(
@@ -213,11 +102,18 @@ def gather(
                 ]
             )
         ),
-        models=tuple(sorted(described, key=lambda m: (order[m.role], m.untrained, -(m.num_params or 0), m.name))),
+        models=tuple(ordered),
         students=students,
-        tasks=tuple(sorted({task for _, task in scores}, key=lambda task: (*TASKS, task).index(task))),
+        tasks=tasks,
         scores=scores,
         similarities=() if similarity is None else tuple(_similarities(similarity, of_teachers)),
+        profile=costs,
+        tuned=tuple(_tuned(folder) for folder in folders if is_tuned[folder]),
+        superb=None
+        if superb is None
+        else superb_of(
+            tasks, means, [m.name for m in ordered], {m.name for m in ordered if m.role == "teacher"}, superb
+        ),
     )
 
 
@@ -281,12 +177,28 @@ def _stores(receipts: list[tuple[str, str, ReceiptFile]]) -> Iterator[StoreFacts
         )
 
 
-def _model(name: str, receipt: ReceiptFile, models: Path, students: dict[str, Student]) -> Model:
+def _profile(path: Path, receipts: dict[str, ReceiptFile]) -> ProfileFile:
+    found = parsed(path, ProfileFile)
+    for name, one in found.models.items():
+        probed = receipts[name].fingerprint.get("model", {}).get("digest") if name in receipts else one.digest
+        if probed != one.digest:
+            raise StoreError(
+                f"{path} measured another '{name}' than the one whose features were probed; run `decant profile` again "
+                "(`dvc repro` does)"
+            )
+    return found
+
+
+def _model(
+    name: str, receipt: ReceiptFile, models: Path, students: dict[str, Student], costs: ProfileFile | None
+) -> Model:
     described = receipt.fingerprint.get("model", {})
     student = students.get(name)
     num_params = student.metrics.parameters["student"] if student is not None else described.get("num_params")
     weights = models / name / "weights.safetensors"
-    if student is not None:
+    if costs is not None and name in costs.models:
+        weight_bytes: int | None = costs.models[name].weight_bytes
+    elif student is not None:
         weight_bytes = weights.stat().st_size if weights.exists() else None
     else:
         weight_bytes = 4 * num_params if num_params else None
@@ -299,6 +211,10 @@ def _model(name: str, receipt: ReceiptFile, models: Path, students: dict[str, St
         weight_bytes=weight_bytes,
         untrained=student is not None and student.metrics.steps == 0,
     )
+
+
+def _tuned(folder: Path) -> Tuned:
+    return Tuned(folder.name, parsed(folder / "metrics.json", TunedFile))
 
 
 def _student(folder: Path) -> Student:

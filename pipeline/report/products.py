@@ -1,9 +1,9 @@
 """A product on disk in, the part of it that a report says out; what does not fit is refused by file and field."""
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from cache.errors import StoreError
 from cache.publish import read_json
@@ -28,6 +28,25 @@ class ReceiptFile(BaseModel, frozen=True):
     rows: int
 
 
+class MissFile(NamedTuple):
+    """A test error, as `pipeline.tasks.score.Miss` has it."""
+
+    ids: tuple[str, ...]
+    truth: str
+    answer: str
+    badness: float
+
+
+class DcfFile(NamedTuple):
+    """A least detection cost, as `pipeline.tasks.voicescore.CostScore` has it."""
+
+    p_target: float
+    miss: float
+    false_alarm: float
+    mean: float
+    sd: float | None
+
+
 class ScoreFile(BaseModel, frozen=True):
     """What a report reads of a probe's score."""
 
@@ -45,7 +64,12 @@ class ScoreFile(BaseModel, frozen=True):
     layer_weights: tuple[float, ...]
     classes: tuple[str, ...]
     counts: dict[str, int]
+    misses: tuple[MissFile, ...]
     params: dict[str, Any]
+    cer: float | None = None
+    """Of recognition of characters only."""
+    min_dcf: tuple[DcfFile, ...] = ()
+    """Of verification only."""
 
 
 class SimilarityFile(BaseModel, frozen=True):
@@ -65,6 +89,64 @@ class MetricsFile(BaseModel, frozen=True):
     steps: int
     dev: dict[str, float] | None
     parameters: dict[str, int]
+
+
+class RtfFile(BaseModel, frozen=True):
+    """Median and quartiles over rounds."""
+
+    median: float
+    low: float
+    high: float
+
+
+class CostFile(BaseModel, frozen=True):
+    """What `decant profile` found for one length of utterance."""
+
+    seconds: float
+    macs_per_second: float
+    rtf: RtfFile
+
+
+class ProfiledFile(BaseModel, frozen=True):
+    """What `decant profile` found of one model."""
+
+    digest: str
+    num_params: int
+    weight_bytes: int
+    costs: tuple[CostFile, ...] = Field(min_length=1)
+
+
+class ProfileFile(BaseModel, frozen=True):
+    """What `decant profile` wrote."""
+
+    machine: dict[str, str | int]
+    params: dict[str, Any]
+    models: dict[str, ProfiledFile]
+
+
+class TunedTask(BaseModel, frozen=True):
+    """One task of a fine-tuned model, on test."""
+
+    mean: float
+    sd: float | None
+    min_dcf: float | None = None
+    """Of a verification only."""
+
+
+class StartFile(BaseModel, frozen=True):
+    """What a fine-tuning began with."""
+
+    kind: str
+    name: str
+
+
+class TunedFile(BaseModel, frozen=True):
+    """What a report reads of a fine-tuned model's metrics.json."""
+
+    tasks: dict[str, TunedTask]
+    parameters: dict[str, int]
+    frozen: bool
+    starts_from: StartFile
 
 
 FileModel = TypeVar("FileModel", bound=BaseModel)

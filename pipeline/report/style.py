@@ -56,6 +56,18 @@ tbody tr + tr > * { border-top: 1px solid var(--hair); }
 .results.dense .sd { min-width: 3.1em; padding-left: 0.3em; }
 .results.dense .plot { width: 50px; padding-left: 3px; } .results.dense .plot svg { width: 50px; }
 .results.dense .aside { padding-left: 4px; }
+.results td.task strong { font-weight: 700; }
+.results abbr { text-decoration: none; }
+.results.dense { font-size: 12.5px; } .results.dense th, .results.dense td { padding-left: 9px; }
+.results.dense th:first-child, .results.dense td:first-child { padding-left: 0; }
+.misses { margin: 0 0 8px; padding: 0; list-style: none; }
+.misses li { display: grid; grid-template-columns: 300px 1fr; gap: 0 24px; align-items: start; columns: 1;
+  border-top: 1px solid var(--hair); padding: 10px 0; margin: 0; }
+.misses .players { display: grid; gap: 8px; } .misses audio { width: 100%; height: 32px; display: block; }
+.misses figcaption { margin-top: 3px; font-size: 11.5px; overflow-wrap: anywhere; }
+.misses .words span { display: block; font: 14px/1.45 var(--sans); } .misses .words i { color: var(--muted); font-style: normal;
+  display: inline-block; min-width: 5.2em; }
+.pareto + .pareto { margin-top: 36px; }
 .axis { stroke: var(--hair); stroke-width: 1; } .tick { stroke: var(--muted); stroke-width: 1; }
 .bar { stroke: var(--wine); stroke-width: 1.6; } .plot circle { fill: var(--wine); }
 .results .num.lr { color: var(--muted); padding-right: 0.6em; } .lr abbr { text-decoration: none; margin-right: -0.45em; }
@@ -83,6 +95,7 @@ details { border-top: 1px solid var(--hair); } details:last-child { border-botto
 summary { font: 14px/1.3 var(--sans); padding: 10px 0; cursor: pointer; }
 summary::marker { color: var(--wine); font-size: 0.8em; }
 pre { margin: 0 0 16px; padding: 16px 18px; background: var(--wash); overflow-x: auto; }
+@media (max-width: 860px) { .misses li { grid-template-columns: 1fr; } }
 @media (max-width: 860px) { main { padding: 40px 20px; } .headline { grid-template-columns: 1fr 1fr; gap: 28px 24px;
   } ul { columns: 1; } h1 { font-size: 36px; } }
 @media print { body { font-size: 11pt; background: white; } main { padding: 0; max-width: none; } section {

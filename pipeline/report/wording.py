@@ -52,6 +52,11 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f}"
 
 
+def points(score: float) -> str:
+    """A SUPERB score, which may be negative: 866, −12."""
+    return f"{score:.0f}".replace("-", "\N{MINUS SIGN}")
+
+
 def metric(name: str, higher_is_better: bool) -> str:
     """The head of a column of scores: accuracy, %; an error rate says that less is better: PER, % ↓."""
     return f"{name}, %" if higher_is_better else f"{name}, % ↓"
@@ -82,3 +87,14 @@ def plural(number: int, one: str, many: str | None = None) -> str:
 def listed(names: list[str]) -> str:
     """a, b and c."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def ranges(numbers: list[int]) -> str:
+    """Layers by number: 0–4, 8."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)

@@ -1,0 +1,105 @@
+"""Quality against cost: the frontier by hand and by brute force, names that do not overlap, and pictures of a run."""
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from pipeline.report import figures, pareto
+from pipeline.report.gather import gather
+from pipeline.report.pareto import Point, frontier, spaced
+from pipeline.report.superb import SuperbParams
+from tests.report_fixtures import MODELS, write_profile, write_run
+
+SUPERB = SuperbParams.model_validate({"zero": {"kind": "model", "model": "log-mel"}, "thousand": {"kind": "best"}})
+
+
+def test_the_frontier_by_hand():
+    points = [
+        Point("a", 1, 10),
+        Point("b", 2, 30),
+        Point("c", 2, 20),
+        Point("d", 3, 30),
+        Point("e", 4, 40),
+        Point("f", 5, 5),
+    ]
+    assert [point.name for point in frontier(points)] == ["a", "b", "e"]
+    assert frontier([]) == []
+
+
+def test_the_frontier_is_what_nothing_dominates():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        points = [Point(str(n), *map(float, rng.integers(0, 6, 2))) for n in range(12)]
+        best = {
+            (p.cost, p.quality)
+            for p in points
+            if not any(
+                q.cost <= p.cost and q.quality >= p.quality and (q.cost < p.cost or q.quality > p.quality)
+                for q in points
+            )
+        }
+        found = frontier(points)
+        assert {(p.cost, p.quality) for p in found} == best
+        assert all(a.cost < b.cost and a.quality < b.quality for a, b in itertools.pairwise(found))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_names_keep_their_order_and_their_distance(seed):
+    heights = np.random.default_rng(seed).random(9).tolist()
+    placed = spaced(heights, 0.08)
+    order = np.argsort(heights)
+    assert np.all(np.diff(np.array(placed)[order]) >= 0.08 - 1e-9)
+    assert spaced([0.1, 0.9], 0.08) == [0.1, 0.9]
+    assert spaced([0.5, 0.5], 0.1) == pytest.approx([0.45, 0.55])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    home = tmp_path_factory.mktemp("run")
+    paths = write_run(home)
+    return gather(**paths, profile=write_profile(home / "profile.json"), superb=SUPERB)
+
+
+def test_every_task_and_the_score_have_a_panel(run):
+    panels = pareto.panels(run, pareto.SIZE)
+    assert [panel.title for panel in panels] == ["KS, accuracy, %", "SID, accuracy, %", "SUPERB-like score"]
+    kws = panels[0]
+    want = {name: (float(m[3]), 100 * m[4]) for name, m in MODELS.items() if m[3]}
+    assert {p.name: (p.cost, pytest.approx(p.quality)) for p in kws.points} == want
+    assert kws.line == Point("log-mel", 0.0, pytest.approx(58.33))
+
+
+def test_costs_are_those_of_the_longest_utterance(run):
+    costs = {axis.name: {p.name: p.cost for p in pareto.panels(run, axis)[0].points} for axis in pareto.axes_of(run)}
+    assert costs["macs"]["hubert"] == pytest.approx(1000 * 2_513_408 * 1.1)
+    assert costs["speed"]["distil"] == pytest.approx(1000 * 0.0005 * 2)
+
+
+def test_the_picture_names_every_model_and_has_the_same_bytes_each_time(run):
+    one, two = (figures.svg(pareto.plot(run, pareto.SPEED), "pareto", "") for _ in range(2))
+    assert one == two
+    for name in MODELS:
+        assert one.count(f">{name}<") == 3
+
+
+def test_an_error_rate_is_turned_round_and_its_axis_reads_as_it_is(run):
+    scores = {
+        pair: s.model_copy(update={"task": "pr", "mean": 1 - s.mean})
+        for pair, s in run.scores.items()
+        if pair[1] == "kws"
+    }
+    errors = replace(run, tasks=("pr",), scores={(name, "pr"): s for (name, _), s in scores.items()}, superb=None)
+    (panel,) = pareto.panels(errors, pareto.SIZE)
+    assert panel.is_error
+    assert [p.name for p in frontier(panel.points)] == ["small", "distil", "hubert"]
+    figure = pareto.plot(errors, pareto.SIZE)
+    axis = figure.axes[0]
+    assert axis.get_ylim()[1] == pytest.approx(-6.88, abs=5)
+    assert axis.yaxis.get_major_formatter()(-40.0, 0) == "40"
+
+
+def test_without_a_profile_there_is_size_alone(tmp_path):
+    run = gather(**write_run(tmp_path))
+    assert [axis.name for axis in pareto.axes_of(run)] == ["size"]
