@@ -55,6 +55,16 @@ class Utterance:
         """Frames that any 50 Hz model gives for this utterance."""
         return num_frames(self.samples)
 
+    @property
+    def person(self) -> str | None:
+        """The speaker over all corpora, `CORPUS/SPEAKER`: two corpora call different people 1334.
+
+        A speaker with a slash is named so already: one of another corpus, whose recordings come in this one, too.
+        """
+        if self.speaker is None or "/" in self.speaker:
+            return self.speaker
+        return f"{self.corpus}/{self.speaker}"
+
 
 REQUIRED = [f.name for f in fields(Utterance)][:10]
 KNOWN = {f.name for f in fields(Utterance)}

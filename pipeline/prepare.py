@@ -1,12 +1,12 @@
-"""Sources and their settings in; a manifest, a wave store with its receipt, and a list of what was left out, out.
+"""Sources and their settings in; a manifest, a wave store with its receipt, trials, and a list of what was left out, out.
 
 Recordings stream in a fixed order (sources by name, each in its own order): decoded by threads, written by this one, never
 more than a few in memory. What cannot be used is quarantined by name; too much of it ends the run before anything is
-published.
+published. What would leak from one split of a task into another leaves that task, and trials are drawn from what is left.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -21,9 +21,10 @@ from cache.receipts import make_receipt, store_key
 from cache.waves import WaveWriter
 from pipeline.audio import AudioParams, Decoded, Quarantine, decode
 from pipeline.corpora.item import Declared, Item
-from pipeline.corpora.sources import Source, count_of, items_of, trials_of
-from pipeline.corpora.trials import Kept, keep_known
+from pipeline.corpora.sources import Source, count_of, drawn_trials_of, items_of, trials_of
+from pipeline.corpora.trials import Kept, Trial, keep_known
 from pipeline.ordered import ordered_map
+from pipeline.tasks.leaks import Leak, without_leaks
 
 DECODED_AHEAD = 8  # recordings per thread that wait, decoded, to be written
 CorpusName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
@@ -55,6 +56,8 @@ class Prepared(NamedTuple):
     manifest: Manifest
     receipt: dict[str, Any]
     quarantined: tuple[Quarantined, ...]
+    leaks: tuple[Leak, ...]
+    """What left a task, or pretraining, because another split has the like."""
     trials: Kept
 
 
@@ -90,12 +93,14 @@ def prepare(
                 tick(1, item.corpus)
         write_json(quarantine, [row._asdict() for row in quarantined])
         refuse_too_many(quarantined, len(first_path), params.max_bad_fraction, quarantine)
-        manifest = Manifest(tuple(utterances))
-        asked = (trial for corpus, source in sorted(params.sources.items()) for trial in trials_of(corpus, source))
-        trials = keep_known(asked, manifest.by_id)
+        manifest, leaks = without_leaks(Manifest(tuple(utterances)))
+        sources = sorted(params.sources.items())
+        listed = keep_known((trial for source in sources for trial in trials_of(*source)), manifest.by_id)
+        drawn = [trial for source in sources for trial in drawn_trials_of(*source, manifest)]
+        trials = listed._replace(trials=(*listed.trials, *drawn))
         fingerprint = {"audio": manifest.audio_digest}
         place = writer.finish(store_key("waves", fingerprint), fingerprint)
-    return Prepared(manifest, make_receipt(place, ["wave"]), tuple(quarantined), trials)
+    return Prepared(manifest, make_receipt(place, ["wave"]), tuple(quarantined), leaks, trials)
 
 
 def decoded(params: PrepareParams) -> Iterator[tuple[Item, Decoded | Quarantine]]:
@@ -162,7 +167,7 @@ def refuse_too_many(quarantined: list[Quarantined], total: int, max_bad_fraction
 
 
 def describe(manifest: Manifest) -> list[str]:
-    """One line per corpus: utterances, hours, speakers, splits, tasks."""
+    """One line per corpus: utterances, hours, speakers, splits, tasks, and what er tells apart."""
     lines = []
     for corpus in dict.fromkeys(u.corpus for u in manifest):
         rows = [u for u in manifest if u.corpus == corpus]
@@ -174,8 +179,22 @@ def describe(manifest: Manifest) -> list[str]:
         ]
         for task in sorted({task for u in rows for task in u.tasks}):
             parts.append(f"{task} {counts(Counter(u.tasks[task] for u in rows if task in u.tasks))}")
+        if emotions := Counter(u.emotion for u in rows if u.emotion is not None):
+            parts.append("labels of er: " + ", ".join(f"{name} {emotions[name]:,}" for name in sorted(emotions)))
         lines.append(f"{corpus}: {'; '.join(parts)}")
     return lines
+
+
+def describe_trials(trials: Iterable[Trial]) -> list[str]:
+    """One line per list: trials of one speaker, of two, and utterances."""
+    lists: dict[str, list[Trial]] = {}
+    for trial in trials:
+        lists.setdefault(trial.list, []).append(trial)
+    return [
+        f"trials {name}: {sum(t.same for t in rows):,} of one speaker, {sum(not t.same for t in rows):,} of two, "
+        f"{len({u for t in rows for u in (t.first, t.second)}):,} utterances"
+        for name, rows in lists.items()
+    ]
 
 
 def counts(by_split: Counter[str]) -> str:

@@ -24,7 +24,8 @@ def main(
     from cache.publish import write_json
     from cache.receipts import store_root
     from pipeline.corpora.trials import write_trials
-    from pipeline.prepare import PrepareParams, count_recordings_of, describe, prepare
+    from pipeline.prepare import PrepareParams, count_recordings_of, describe, describe_trials, prepare
+    from pipeline.tasks.leaks import told
     from stages._params import read_params
     from stages._progress import progress
 
@@ -43,6 +44,8 @@ def main(
         write_trials(trials, prepared.trials.trials)
     for line in describe(prepared.manifest):
         print(line)
+    for line in told(prepared.manifest, prepared.leaks):
+        print(line)
     for row in prepared.quarantined[:SHOWN]:
         print(f"quarantined {row.id} ({row.path}): {row.reason}")
     if len(prepared.quarantined) > SHOWN:
@@ -51,6 +54,8 @@ def main(
         left_out = f", {prepared.trials.left_out:,} left out for a quarantined recording" * bool(
             prepared.trials.left_out
         )
+        for line in describe_trials(prepared.trials.trials):
+            print(line)
         place = trials or "not written: name a file with --trials"
         print(f"trials: {len(prepared.trials.trials):,}{left_out}; {place}")
     print(

@@ -18,13 +18,20 @@ from pipeline.corpora.speech_commands import SpeechCommandsParams
 
 def books(root) -> LibriSpeechParams:
     return LibriSpeechParams(
-        kind="librispeech", root=str(root), subsets=("dev-clean", "test-clean"), dev_speakers=0, sid=None, lexicon=None
+        kind="librispeech",
+        root=str(root),
+        subsets=("dev-clean", "test-clean"),
+        dev_speakers=0,
+        sid=None,
+        lexicon=None,
+        asr=False,
+        sv=None,
     )
 
 
 def commands(root) -> SpeechCommandsParams:
     return SpeechCommandsParams(
-        kind="speech_commands", root=str(root), words=None, validation_percentage=10, testing_percentage=10
+        kind="speech_commands", root=str(root), words=None, validation_percentage=10, testing_percentage=10, sv=None
     )
 
 

@@ -12,6 +12,7 @@ from cache.errors import DataError, SettingsError
 from pipeline.audio import Quarantine
 from pipeline.corpora.iemocap import IemocapParams, iemocap_items
 from pipeline.corpora.ravdess import RavdessParams, ravdess_items
+from tests.leak_fixtures import apart
 
 SPEECH = Path(os.environ.get("DECANT_SPEECH", "../shared/speech")) / "RAVDESS"
 FOUR = {"neu": "neutral", "hap": "happy", "exc": "happy", "ang": "angry", "sad": "sad"}
@@ -187,3 +188,31 @@ def test_the_real_ravdess_reads_whole_with_every_emotion_in_every_split():
     for fold in range(1, 6):
         for split in ("train", "dev", "test"):
             assert {i.emotion for i in items if i.tasks[f"er-{fold}"] == split} == set(emotions)
+
+
+def test_folds_of_both_corpora_leak_nothing_and_pretraining_hears_none_of_them(actors, sessions):
+    for items in (ravdess_items("r", ravdess(actors)), iemocap_items("i", iemocap(sessions))):
+        manifest, leaks = apart(items, {"er"})
+        assert leaks == []
+        assert {u.split for u in manifest} == {"test"}
+    heard, leaks = apart(ravdess_items("r", ravdess(actors, split="train")), {"er"})
+    assert {leak.task for leak in leaks} == {"pretraining"}
+    in_a_fold = {u.speaker for u in heard if u.tasks}
+    assert {u.split for u in heard if u.speaker in in_a_fold} == {"test"}
+    assert {u.split for u in heard if u.speaker not in in_a_fold} == {"train"}
+
+
+def test_a_session_of_iemocap_is_the_test_whole(sessions):
+    manifest, _ = apart(iemocap_items("i", iemocap(sessions)), {"er"})
+    for fold in range(1, 6):
+        on_test = {u.path.split("/")[0] for u in manifest if u.tasks.get(f"er-{fold}") == "test"}
+        assert on_test == {f"Session{fold}"}
+        assert not on_test & {u.path.split("/")[0] for u in manifest if u.tasks.get(f"er-{fold}") in ("train", "dev")}
+
+
+@pytest.mark.skipif(not SPEECH.is_dir(), reason="no real RAVDESS; set DECANT_SPEECH")
+def test_the_real_ravdess_leaks_nothing():
+    folds = ((1, 2, 3, 4), (5, 6, 7, 8), (9, 10, 11, 12), (13, 14, 15, 16))
+    items = ravdess_items("r", ravdess(SPEECH, folds=folds, classes={"happy": "happy", "sad": "sad", "angry": "angry"}))
+    _, leaks = apart(items, {"er"}, decoded=True)
+    assert leaks == []

@@ -1,15 +1,22 @@
 """The synthetic corpus: exact labels, voices kept apart, and the same bytes however it is made."""
 
 import sys
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from cache.errors import DataError, SettingsError
-from pipeline.corpora import espeak_library
+from cache.manifest import Manifest, Utterance
+from pipeline.corpora import espeak, espeak_library
+from pipeline.corpora.drawn import draw_trials
 from pipeline.corpora.espeak import (
     EspeakParams,
     Job,
+    Line,
+    Style,
     VoiceGroup,
     VoiceGroups,
     coloured_noise,
@@ -22,6 +29,11 @@ from pipeline.corpora.espeak import (
 from pipeline.corpora.item import Item
 from pipeline.corpora.sentences import VOCABULARY, sentences
 from pipeline.corpora.splits import Fractions
+from pipeline.prepare import PrepareParams
+from pipeline.tasks.labels import TASKS
+from pipeline.tasks.leaks import check, without_leaks
+
+ROOT = Path(__file__).parents[1]
 
 pytest.importorskip("espeakng_loader", reason='espeak-ng is not installed; pip install "decant[embedded]"')
 
@@ -43,6 +55,8 @@ PARAMS = EspeakParams(
     silence_sec=(0.05, 0.3),
     snr_db=(5.0, 30.0),
     sid=Fractions(dev=0.2, test=0.3),
+    styles={},
+    sv=None,
 )
 
 
@@ -125,6 +139,97 @@ def test_phone_recognition_has_every_sentence_and_its_test_voices_are_in_no_othe
     assert len(set.union(*speakers.values())) == 6
 
 
+STYLES = {
+    "neutral": Style(rate=1.0, pitch=0, range=0, level_db=0.0),
+    "tired": Style(rate=0.8, pitch=-10, range=-30, level_db=-6.0),
+}
+STYLED = PARAMS.model_copy(update={"styles": STYLES})
+
+
+def test_styles_take_turns_over_the_sentences_of_a_voice_and_are_what_er_tells_apart():
+    lines = script(STYLED)
+    assert [line._replace(style=None) for line in lines if line.keyword] == [
+        line for line in script(PARAMS) if line.keyword
+    ]
+    said = [line for line in lines if not line.keyword]
+    for voice in voices(STYLED):
+        assert [line.style for line in said if line.voice == voice] == ["neutral", "tired"] * 2
+    assert all(line.tasks["er"] == line.voice.split for line in said)
+    assert not any("er" in line.tasks or line.style for line in script(PARAMS))
+
+
+def test_without_styles_and_in_a_style_that_changes_nothing_the_bytes_are_the_same(items):
+    lines = {line.path: line for line in script(STYLED)}
+    plain = [i for i in items if not i.keyword and lines[i.path].style == "neutral"]
+    assert len(plain) == 6 * 2
+    for item in plain[::3]:
+        styled = make(Job("speech", STYLED, lines[item.path]))
+        assert same(styled, item)
+        assert (item.emotion, styled.emotion) == (None, "neutral")
+    tired = next(line for line in script(STYLED) if line.style == "tired")
+    assert not same(make(Job("speech", STYLED, tired)), next(i for i in items if i.path == tired.path))
+
+
+def test_a_style_shifts_what_the_voice_would_have_said(monkeypatch):
+    asked = {}
+    real = espeak_library.speak
+
+    def listen(voice, text, **how):
+        asked[style] = how
+        return real(voice, text, **how)
+
+    monkeypatch.setattr(espeak, "speak", listen)
+    line = next(line for line in script(STYLED) if line.style == "tired")
+    waves = {}
+    for style in STYLES:
+        steady = STYLED.model_copy(update={"jitter": 0.0, "snr_db": None})
+        waves[style] = make(Job("speech", steady, line._replace(style=style))).audio.wave.astype(float)
+    voice = line.voice
+    rate, pitch = round(voice.rate_wpm), round(voice.pitch)
+    assert asked["neutral"] == {"rate_wpm": rate, "pitch": pitch, "pitch_range": 50}
+    assert asked["tired"] == {
+        "rate_wpm": round(voice.rate_wpm * 0.8),
+        "pitch": max(0, round(voice.pitch - 10)),
+        "pitch_range": 20,
+    }
+    assert 1.1 < len(waves["tired"]) / len(waves["neutral"]) < 1.4
+    loud = {style: np.sqrt(np.square(wave[wave != 0]).mean()) for style, wave in waves.items()}
+    assert 20 * np.log10(loud["tired"] / loud["neutral"]) == pytest.approx(-6, abs=1.5)
+
+
+def test_the_default_has_all_six_tasks_with_speakers_and_sentences_apart_and_trials():
+    params = PrepareParams.model_validate(yaml.safe_load((ROOT / "params.yaml").read_text())["prepare"])
+    (default,) = params.sources.values()
+    lines = script(default)
+    assert {task for line in lines for task in line.tasks} == {"kws", "pr", "asr", "sid", "sv", "er"}
+    manifest = Manifest(tuple(row_of(line) for line in lines))
+    assert without_leaks(manifest) == (manifest, ())
+    for task in TASKS.values():
+        check(manifest, task)
+    for split in ("train", "dev", "test"):
+        styles = Counter(line.style for line in lines if line.tasks.get("er") == split)
+        assert set(styles) == set(default.styles)
+        assert len(set(styles.values())) == 1, "classes are balanced in every split"
+        texts = [line.text for line in lines if line.tasks.get("asr") == split]
+        assert len(texts) == len(set(texts)) == 20 * len({line.voice for line in lines if line.voice.split == split})
+    trials = draw_trials("espeak", manifest, default.sv)
+    who = {u.id: u.speaker for u in manifest}
+    for split, speakers in (("dev", 6), ("test", 8)):
+        rows = [t for t in trials if t.list == f"espeak/{split}"]
+        assert Counter(t.same for t in rows) == {True: 600, False: 600}
+        assert len({who[t.first] for t in rows}) == speakers
+        assert {manifest.by_id[u].tasks["sv"] for t in rows for u in (t.first, t.second)} == {split}
+
+
+def row_of(line: Line) -> Utterance:
+    """The line as `prepare` writes it, unsaid."""
+    return Utterance(
+        **{"id": f"espeak/{line.path}", "corpus": "espeak", "path": line.path, "samples": 16_000, "rate_hz": 22_050},
+        **{"file_samples": 16_000, "file_bytes": 0, "audio": line.path, "split": line.voice.split, "tasks": line.tasks},
+        **{"speaker": line.voice.name, "text": line.text, "keyword": line.keyword, "emotion": line.style},
+    )
+
+
 def test_voices_differ_and_stay_within_the_settings():
     many = voices(
         changed(voices=PARAMS.voices.model_copy(update={"train": VoiceGroup(count=6, variants=("m1", "f3"))}))
@@ -197,6 +302,10 @@ def test_settings_that_cannot_be_obeyed_are_refused_before_a_word_is_said():
     refused("pitch is \\[75, 25\\]: the first is the lower", pitch=(75, 25))
     refused("rate_wpm is \\[20, 200\\]", rate_wpm=(20, 200))
     refused("pitch lies in 0 to 99", pitch=(0, 120))
+    refused("styles: 1 cannot share 4", styles={"neutral": STYLES["neutral"]})
+    refused("styles: 2 cannot share 5 sentences_per_voice", styles=STYLES, sentences_per_voice=5)
+    fast = STYLES["neutral"].model_copy(update={"rate": 1.9})
+    refused("styles.fast.rate is 1.9, which takes rate_wpm", styles={"fast": fast, "tired": STYLES["tired"]})
     refused("names one twice", keywords=("yes", "yes"))
     refused("sentences are asked for", sentences_per_voice=100_000)
 

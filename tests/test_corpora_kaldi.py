@@ -11,9 +11,12 @@ from xxhash import xxh3_128_hexdigest
 
 from cache.errors import DataError
 from pipeline.audio import AudioParams, Part, Quarantine
+from pipeline.corpora.drawn import DrawnTrials, TrialCounts, draw_trials
 from pipeline.corpora.kaldi import KaldiParams, kaldi_items
 from pipeline.corpora.speechocean762 import Speechocean762Params, speechocean762_items
 from pipeline.prepare import PrepareParams, prepare
+from pipeline.tasks.leaks import without_leaks
+from tests.leak_fixtures import apart, manifest_of
 
 SPEECH = Path(os.environ.get("DECANT_SPEECH", "../shared/speech")) / "speechocean762"
 ARPABET = set(
@@ -28,7 +31,7 @@ SHARED_OUT = {"min_utterances": 3, "held_back": {"dev": 0.3, "test": 0.3}}
 
 def params(root, **changes) -> KaldiParams:
     data = {"train": ["data/train"], "dev": [], "test": ["data/test"]}
-    values = {"kind": "kaldi", "root": str(root), "data": data, "tasks": ["asr"], "sid": None}
+    values = {"kind": "kaldi", "root": str(root), "data": data, "tasks": ["asr"], "sid": None, "sv": None}
     return KaldiParams.model_validate({**values, **changes})
 
 
@@ -40,6 +43,8 @@ def ocean(root, **changes) -> Speechocean762Params:
         "dev_speakers": 0.0,
         "stress": "keep",
         "sid": None,
+        "asr": False,
+        "sv": None,
     }
     return Speechocean762Params.model_validate({**values, **changes})
 
@@ -265,3 +270,50 @@ def test_the_real_speechocean_reads_whole():
     assert speakers["dev"]
     assert not speakers["train"] & speakers["dev"]
     assert len({i.speaker for i in items if i.tasks.get("sid") == "test"}) == 24
+
+
+def test_splits_of_data_directories_are_apart_where_they_hold_the_same_speaker(root):
+    settings = params(root, tasks=["asr", "sv"], sid=None)
+    manifest, leaks = apart(kaldi_items("k", settings), {"asr", "sv"})
+    assert leaks == []
+    utt2spk = root / "data" / "test" / "utt2spk"
+    train = (root / "data" / "train" / "utt2spk").read_text().split()[1]
+    utt2spk.write_text("".join(f"{line.split()[0]} {train}\n" for line in utt2spk.read_text().splitlines()))
+    manifest, leaks = without_leaks(manifest_of(kaldi_items("k", settings)))
+    assert {leak.task for leak in leaks} == {"asr", "sv", "pretraining"}
+    assert not [u for u in manifest if u.person == f"k/{train}" and "train" in (*u.tasks.values(), u.split)]
+
+
+def test_speechocean_has_its_readers_apart_and_what_it_is_asked_for(little_ocean):
+    for name, words in (("0001001", "BUT I"), ("0001002", "I BUT"), ("0003001", "BUT BUT")):
+        subset = "test" if name == "0003001" else "train"
+        text = little_ocean / subset / "text"
+        text.write_text(re.sub(rf"{name}\t.*", f"{name}\t{words}", text.read_text()))
+    manifest, leaks = apart(speechocean762_items("o", ocean(little_ocean)), {"pr"})
+    assert leaks == []
+    two = DrawnTrials(dev=None, test=None)
+    manifest, leaks = apart(speechocean762_items("o", ocean(little_ocean, asr=True, sv=two)), {"pr", "asr", "sv"})
+    assert leaks == []
+    assert draw_trials("o", manifest, two) == []
+
+
+def test_a_sentence_that_the_test_reads_is_not_trained_on(little_ocean):
+    manifest, leaks = without_leaks(manifest_of(speechocean762_items("o", ocean(little_ocean))))
+    assert [(leak.task, leak.leaves.id, leak.kept.id) for leak in leaks] == [
+        ("pr", "o/0001001", "o/0003001"),
+        ("pr", "o/0001002", "o/0003001"),
+    ]
+    assert [u.tasks for u in manifest] == [{}, {}, {"pr": "test"}]
+
+
+@pytest.mark.skipif(not SPEECH.is_dir(), reason="no real speechocean762; set DECANT_SPEECH")
+def test_the_real_speechocean_loses_the_sentences_that_its_dev_speakers_read():
+    trials = DrawnTrials(dev=TrialCounts(same=50, different=50), test=None)
+    settings = ocean(SPEECH, subsets=["train"], dev_speakers=0.3, asr=True, sv=trials)
+    rows = manifest_of(speechocean762_items("o", settings), decoded=True)
+    manifest, leaks = without_leaks(rows)
+    assert {leak.trait for leak in leaks} <= {"sentence"}
+    said = {s: {u.text for u in rows if u.split == s} for s in ("train", "dev")}
+    repeated = sum(u.split == "train" and u.text in said["dev"] for u in rows)
+    assert sum(leak.task == "pr" for leak in leaks) == sum(leak.task == "asr" for leak in leaks) == repeated
+    assert len(draw_trials("o", manifest, trials)) == 100

@@ -45,6 +45,7 @@ def params(root, *parts, **changes) -> LhotseParams:
         "phones": "phone",
         "tasks": ("asr",),
         "sid": None,
+        "sv": None,
     }
     return LhotseParams.model_validate({**values, **changes})
 

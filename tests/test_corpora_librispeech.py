@@ -9,17 +9,28 @@ import soundfile
 
 from cache.errors import DataError, SettingsError
 from pipeline.audio import Quarantine
+from pipeline.corpora.drawn import DrawnTrials, TrialCounts, draw_trials
 from pipeline.corpora.lexicon import LexiconParams, pronounced, read_lexicon
 from pipeline.corpora.librispeech import LibriSpeechParams, librispeech_items
 from pipeline.corpora.splits import Fractions, WithinSpeakers
+from tests.leak_fixtures import apart
 
 SPEECH = Path(os.environ.get("DECANT_SPEECH", "../shared/speech"))
 SID = WithinSpeakers(min_utterances=3, held_back=Fractions(dev=0.2, test=0.2))
 
 
-def params(root, subsets=("train-clean-100", "test-clean"), dev_speakers=0.0, sid=SID, lexicon=None):
+def params(
+    root, subsets=("train-clean-100", "test-clean"), dev_speakers=0.0, sid=SID, lexicon=None, asr=False, sv=None
+):
     return LibriSpeechParams(
-        kind="librispeech", root=str(root), subsets=subsets, dev_speakers=dev_speakers, sid=sid, lexicon=lexicon
+        kind="librispeech",
+        root=str(root),
+        subsets=subsets,
+        dev_speakers=dev_speakers,
+        sid=sid,
+        lexicon=lexicon,
+        asr=asr,
+        sv=sv,
     )
 
 
@@ -254,3 +265,40 @@ def test_the_real_corpus_reads_whole():
     by_sid = {split: {i.speaker for i in items if i.tasks.get("sid") == split} for split in ("train", "dev", "test")}
     assert by_sid["train"] == by_sid["dev"] == by_sid["test"]
     assert len(by_sid["train"]) >= 20
+
+
+TRIALS = DrawnTrials(dev=None, test=TrialCounts(same=1_000, different=1_000))
+
+
+def test_every_task_of_a_miniature_has_its_speakers_sentences_and_recordings_apart(root, tmp_path_factory):
+    add_chapter(root, "dev-clean", "84", "121123", 3)
+    stems = ("19-198-000", "1089-134686-000", "84-121123-000")
+    words = "".join(f"{stem}{n} AA1\n" for stem in stems for n in range(5))
+    lexicon = lexicon_of(tmp_path_factory.mktemp("lexicon"), CMUDICT + words)
+    settings = params(root, ("train-clean-100", "dev-clean", "test-clean"), lexicon=lexicon, asr=True, sv=TRIALS)
+    manifest, leaks = apart(librispeech_items("ls", settings), {"pr", "asr", "sv", "sid"})
+    assert leaks == []
+    assert all(u.tasks["asr"] == u.tasks["sv"] == u.split for u in manifest)
+
+
+def test_a_sentence_of_the_test_is_not_trained_on(root):
+    file = root / "test-clean" / "1089" / "134686" / "1089-134686.trans.txt"
+    file.write_text(file.read_text().replace("WORDS OF 1089-134686-0000", "WORDS OF 19-198-0002"))
+    settings = params(root, asr=True)
+    manifest, (leak,) = apart(librispeech_items("ls", settings), {"asr", "sid"})
+    assert (leak.task, leak.leaves.id, leak.trait) == ("asr", "ls/train-clean-100/19-198-0002", "sentence")
+    assert set(manifest.by_id[leak.leaves.id].tasks) <= {"sid"}
+
+
+@pytest.mark.skipif(not (SPEECH / "LibriSpeech").is_dir(), reason="no real LibriSpeech; set DECANT_SPEECH")
+def test_the_real_corpus_has_its_speakers_sentences_and_samples_apart_and_gives_trials():
+    sid = WithinSpeakers(min_utterances=10, held_back=Fractions(dev=0.15, test=0.25))
+    lexicon = LexiconParams(path=str(SPEECH / "lexicon" / "cmudict-subset.dict"), stress="drop")
+    settings = params(SPEECH / "LibriSpeech", dev_speakers=0.1, sid=sid, lexicon=lexicon, asr=True, sv=TRIALS)
+    manifest, leaks = apart(librispeech_items("ls", settings), {"pr", "asr", "sv", "sid"}, decoded=True)
+    assert leaks == []
+    trials = draw_trials("ls", manifest, TRIALS)
+    who = {u.id: u.speaker for u in manifest}
+    assert all((who[t.first] == who[t.second]) == t.same for t in trials)
+    assert len({who[t.first] for t in trials if t.same}) == 20
+    assert len({frozenset((t.first, t.second)) for t in trials}) == 2_000

@@ -9,7 +9,9 @@ import soundfile
 
 from cache.errors import DataError
 from pipeline.audio import Quarantine
+from pipeline.corpora.drawn import DrawnTrials, TrialCounts, draw_trials
 from pipeline.corpora.speech_commands import SpeechCommandsParams, speech_commands_items, which_set
+from tests.leak_fixtures import apart, manifest_of
 
 SPEECH = Path(os.environ.get("DECANT_SPEECH", "../shared/speech")) / "SpeechCommands" / "speech_commands_v0.01"
 
@@ -40,13 +42,14 @@ OFFICIAL_DEV = [
 ]
 
 
-def params(root, words=None, validation=10.0, testing=10.0) -> SpeechCommandsParams:
+def params(root, words=None, validation=10.0, testing=10.0, sv=None) -> SpeechCommandsParams:
     return SpeechCommandsParams(
         kind="speech_commands",
         root=str(root),
         words=words,
         validation_percentage=validation,
         testing_percentage=testing,
+        sv=sv,
     )
 
 
@@ -111,3 +114,33 @@ def test_the_real_corpus_reads_whole_and_keeps_speakers_apart():
     speakers = [{i.speaker for i in items if i.split == split} for split in ("train", "dev", "test")]
     assert all(speakers)
     assert len(set.union(*speakers)) == sum(map(len, speakers))
+
+
+def some(same: int, different: int) -> DrawnTrials:
+    counts = TrialCounts(same=same, different=different)
+    return DrawnTrials(dev=counts, test=counts)
+
+
+def test_verification_compares_different_words_of_speakers_nobody_trained_on(root):
+    for speaker in (OFFICIAL_TEST[1], OFFICIAL_DEV[1]):
+        for word in ("up", "down"):
+            soundfile.write(root / word / f"{speaker}_nohash_0.wav", np.zeros(1_600), 16_000)
+    trials = some(4, 2)
+    manifest, leaks = apart(speech_commands_items("sc", params(root, sv=trials)), {"kws", "sv"})
+    assert leaks == []
+    drawn = draw_trials("sc", manifest, trials)
+    assert [t.list for t in drawn] == ["sc/dev"] * 6 + ["sc/test"] * 6
+    for trial in drawn:
+        first, second = manifest.by_id[trial.first], manifest.by_id[trial.second]
+        assert first.text != second.text
+        assert first.tasks["sv"] == second.tasks["sv"] == trial.list.split("/")[1]
+    with pytest.raises(DataError, match=r"sc/dev: 6 utterances of 2 speakers give 5 trials, and .*sv\.dev\.same is 6"):
+        draw_trials("sc", manifest_of(speech_commands_items("sc", params(root, sv=trials))), some(6, 1))
+
+
+@pytest.mark.skipif(not SPEECH.is_dir(), reason="no real Speech Commands; set DECANT_SPEECH")
+def test_the_real_corpus_leaks_nothing_and_gives_trials():
+    settings = params(SPEECH, validation=20, testing=25, sv=some(150, 300))
+    manifest, leaks = apart(speech_commands_items("sc", settings), {"kws", "sv"}, decoded=True)
+    assert leaks == []
+    assert len(draw_trials("sc", manifest, settings.sv)) == 900

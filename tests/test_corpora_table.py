@@ -2,6 +2,7 @@
 
 import csv
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,10 @@ import soundfile
 
 from cache.errors import DataError, SettingsError
 from pipeline.audio import Part, Quarantine
+from pipeline.corpora.sources import drawn_trials_of
 from pipeline.corpora.splits import Fractions, split_alone
 from pipeline.corpora.table import TableParams, table_items
+from tests.leak_fixtures import apart, manifest_of
 
 ROWS = [
     {
@@ -59,6 +62,7 @@ def params(root, table="labels.csv", columns=None, **changes) -> TableParams:
         "end_sec": "to",
     }
     values = {"kind": "table", "root": str(root), "table": table, "split": BY_SET, "tasks": {"er": BY_SET}}
+    values |= {"sv": None, "people": None}
     return TableParams.model_validate({**values, "columns": {**named, **(columns or {})}, **changes})
 
 
@@ -200,3 +204,53 @@ def test_parquet_without_pyarrow_says_how_to_get_it(root, monkeypatch):
         SettingsError, match=r"needs pyarrow to be read; install it with: pip install 'decant\[parquet\]'"
     ):
         items(root, table="labels.parquet")
+
+
+COPIES = {
+    "column": "set",
+    "of": {"train": {"source": "books", "without": ""}, "valid": {"source": "words", "without": "SPEAKER"}},
+}
+
+
+def test_people_of_other_sources_go_by_their_names_there(root):
+    rows = [
+        {**ROWS[0], "who": "SPEAKER0048", "set": s, "from": str(n)} for n, s in enumerate(("train", "valid", "test"))
+    ]
+    write_csv(root / "labels.csv", rows)
+    assert [i.speaker for i in items(root, people=COPIES)] == ["books/SPEAKER0048", "words/0048", "SPEAKER0048"]
+    with pytest.raises(SettingsError, match=r"sources\.t\.people needs columns\.speaker"):
+        items(root, columns={"speaker": None}, people=COPIES)
+    with pytest.raises(DataError, match=r"no column 'corpus' .*people\.column"):
+        items(root, people={**COPIES, "column": "corpus"})
+
+
+def test_who_is_tested_elsewhere_is_not_learned_from_in_a_copy(root):
+    rows = [{**ROWS[0], "who": who, "set": "train", "from": str(n)} for n, who in enumerate(("1089", "19", "1089"))]
+    write_csv(root / "labels.csv", rows)
+    everyone = {"kind": "all", "split": "train"}
+    copies = items(root, people=COPIES, split=everyone, tasks={"sv": everyone})
+    tested = [
+        replace(i, id=f"books/{n}", corpus="books", speaker="1089", tasks={"sv": "test"}, split="test")
+        for n, i in enumerate(copies[:1])
+    ]
+    manifest, leaks = apart([*copies, *tested], {"sv"})
+    assert {(leak.task, leak.leaves.speaker) for leak in leaks} == {("sv", "books/1089"), ("pretraining", "books/1089")}
+    assert [(u.split, u.tasks) for u in manifest] == [
+        ("test", {}),
+        ("train", {"sv": "train"}),
+        ("test", {}),
+        ("test", {"sv": "test"}),
+    ]
+
+
+def test_trials_are_drawn_where_the_table_has_verification(root):
+    rows = [{**ROWS[0], "who": f"s{n % 3}", "said": f"words {n}", "from": str(n)} for n in range(9)]
+    write_csv(root / "labels.csv", rows)
+    everyone = {"kind": "all", "split": "test"}
+    trials = {"dev": None, "test": {"same": 9, "different": 27}}
+    settings = params(root, split=everyone, tasks={"sv": everyone}, sv=trials)
+    manifest = manifest_of(table_items("t", settings))
+    drawn = drawn_trials_of("t", settings, manifest)
+    assert len({frozenset((t.first, t.second)) for t in drawn}) == 36
+    with pytest.raises(DataError, match=r"t/test: 0 utterances of 0 speakers give 0 trials"):
+        drawn_trials_of("t", settings, manifest_of(items(root, split=everyone, tasks={"asr": everyone})))

@@ -1,6 +1,7 @@
 """VoxCeleb1's folders and lists, in miniature; and trials from a list to a file and back."""
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,11 @@ from typer.testing import CliRunner
 from cache.errors import DataError
 from cache.manifest import read_manifest
 from pipeline.audio import Quarantine
+from pipeline.corpora.drawn import DrawnTrials, TrialCounts, draw_trials
 from pipeline.corpora.trials import Trial, keep_known, read_list, read_trials, write_trials
-from pipeline.corpora.voxceleb import VoxCeleb1Params, voxceleb1_items, voxceleb1_trials
+from pipeline.corpora.voxceleb import VoxCeleb1Params, video_of, voxceleb1_items, voxceleb1_trials
 from stages.prepare import app
+from tests.leak_fixtures import apart
 
 DEV, TEST = ("id10001", "id10002", "id11251"), ("id10270", "id10309")
 TRIALS = """1 id10270/aaa/00001.wav id10270/bbb/00001.wav
@@ -32,6 +35,7 @@ def params(root, **changes) -> VoxCeleb1Params:
         "iden_split": "iden_split.txt",
         "trials": {"o": "veri_test.txt"},
         "dev_speakers": 0.0,
+        "sv": None,
     }
     return VoxCeleb1Params.model_validate({**values, **changes})
 
@@ -200,3 +204,24 @@ def test_a_real_list_of_trials_reads_whole():
     trials = read_list(REAL)
     assert [sum(t.same == same for t in trials) for same in (True, False)] == [1_000, 1_000]
     assert all((t.first.split("/")[2] == t.second.split("/")[2]) == t.same for t in trials)
+
+
+def test_dev_trials_are_drawn_from_dev_speakers_of_different_videos_and_the_official_test_stays(root):
+    dev = DrawnTrials(dev=TrialCounts(same=8, different=4), test=None)
+    settings = params(root, dev_speakers=0.5, sv=dev)
+    manifest, leaks = apart(voxceleb1_items("v", settings), {"sv", "sid"})
+    assert leaks == []
+    split = {u.speaker: u.tasks["sv"] for u in manifest if "sv" in u.tasks}
+    assert {s for s, side in split.items() if side == "test"} == set(TEST)
+    of = Counter(split.values())
+    assert of["train"] >= 1
+    assert of["dev"] == 2, "speakers fall by their hash"
+    drawn = draw_trials("v", manifest, dev, scene=video_of)
+    official = list(voxceleb1_trials("v", settings))
+    for name, rows, side in (("v/dev", drawn, "dev"), ("v/o", official, "test")):
+        assert {t.list for t in rows} == {name}
+        assert {manifest.by_id[u].tasks["sv"] for t in rows for u in (t.first, t.second)} == {side}
+    same = [t for t in drawn if t.same]
+    assert len(same) == 8
+    assert all(t.first.split("/")[1] == t.second.split("/")[1] for t in same)
+    assert all(t.first.split("/")[2] != t.second.split("/")[2] for t in same)

@@ -53,6 +53,7 @@ def settings(root: Path, max_bad_fraction: float = 0.0, workers: int = 2) -> Pre
                 words=None,
                 validation_percentage=10,
                 testing_percentage=10,
+                sv=None,
             ),
             "books": LibriSpeechParams(
                 kind="librispeech",
@@ -61,6 +62,8 @@ def settings(root: Path, max_bad_fraction: float = 0.0, workers: int = 2) -> Pre
                 dev_speakers=0,
                 sid=None,
                 lexicon=None,
+                asr=False,
+                sv=None,
             ),
         },
         audio=AudioParams(max_sec=10, channels="mean", rate="resample"),
@@ -218,6 +221,8 @@ def test_a_speaking_process_that_is_killed_ends_the_run_with_one_line(corpora):
         "silence_sec": [0, 0],
         "snr_db": None,
         "sid": None,
+        "styles": {},
+        "sv": None,
     }
     values = {**settings(corpora).model_dump(mode="json"), "sources": {"speech": source}}
 

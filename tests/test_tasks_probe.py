@@ -55,10 +55,10 @@ def utterance(number: int, split: str, word: str | None) -> Utterance:
         rate_hz=16_000,
         file_samples=1,
         file_bytes=1,
-        audio="0" * 32,
+        audio=f"{number:032x}",
         split=split,
         tasks={"kws": split},
-        speaker=f"spk{number % 5}",
+        speaker=f"{split}{number % 5}",
         keyword=word,
     )
 

@@ -3,7 +3,8 @@
 Everything is known exactly: the text, every phone's samples, the speaker, the keyword. The voices of train, dev and test
 differ in their variant (the shape of the vocal tract), so a test voice was never heard. Within a voice each utterance
 has its own rate, pitch, level, silence and noise, drawn from a generator seeded by (seed, utterance): an utterance does
-not depend on how many there are, in which order they are made, or by how many processes.
+not depend on how many there are, in which order they are made, or by how many processes. Speaking styles shift those of
+the sentences, in turn; nobody feels anything here, but a style is heard in what emotion is heard in, and stands in its place.
 """
 
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from cache.children import Line as Wire
 from cache.errors import ResourceError, SettingsError
 from cache.frames import FIELD, RATE_HZ
 from pipeline.audio import Decoded, to_int16
+from pipeline.corpora.drawn import DrawnTrials
 from pipeline.corpora.espeak_library import ESPEAK_HZ, SILENCE, Speech, known_variants, speak
 from pipeline.corpora.item import Item
 from pipeline.corpora.sentences import sentences
@@ -43,6 +45,22 @@ class VoiceGroups(BaseModel, frozen=True, extra="forbid"):
     train: VoiceGroup
     dev: VoiceGroup
     test: VoiceGroup
+
+
+class Style(BaseModel, frozen=True, extra="forbid"):
+    """How a style differs from the voice as it is, on average; the jitter of each utterance comes on top."""
+
+    rate: float = Field(ge=0.5, le=2)
+    """Times the voice's words per minute."""
+    pitch: int = Field(ge=-50, le=50)
+    """Added to the voice's pitch, on espeak-ng's scale of 0 to 99, at whose ends it stops."""
+    range: int = Field(ge=-50, le=50)
+    """Added to the range of pitch, 50: below is monotonous, above is lively."""
+    level_db: float = Field(ge=-20, le=3)
+    """Added to the level, in dB."""
+
+
+PLAIN = Style(rate=1.0, pitch=0, range=0, level_db=0.0)
 
 
 class EspeakParams(BaseModel, frozen=True, extra="forbid"):
@@ -70,6 +88,10 @@ class EspeakParams(BaseModel, frozen=True, extra="forbid"):
     """Least and most signal-to-noise ratio of the noise that is added; its colour varies from white to brown."""
     sid: Fractions | None
     """Parts of each voice's sentences that speaker identification holds back; no sentence is said twice."""
+    styles: dict[str, Style]
+    """Speaking styles by name, which stand for emotion (er): a voice's sentences take them in turn; {} leaves er out."""
+    sv: DrawnTrials | None
+    """Speaker verification: trials between sentences of the dev voices, and of the test voices; null leaves it out."""
 
 
 class Voice(NamedTuple):
@@ -90,6 +112,7 @@ class Line(NamedTuple):
     text: str
     keyword: str | None
     tasks: dict[str, str]
+    style: str | None
 
 
 class Job(NamedTuple):
@@ -161,6 +184,16 @@ def check(params: EspeakParams) -> None:
         )
     if params.pitch[0] < 0 or params.pitch[1] > 99 or params.silence_sec[0] < 0:
         raise SettingsError("pitch lies in 0 to 99 and silence_sec is not negative")
+    if len(params.styles) == 1 or (params.styles and params.sentences_per_voice % len(params.styles)):
+        raise SettingsError(
+            f"styles: {len(params.styles)} cannot share {params.sentences_per_voice} sentences_per_voice evenly in two or "
+            "more; change one of the two numbers"
+        )
+    for name, style in params.styles.items():
+        if params.rate_wpm[0] * style.rate < 80 or params.rate_wpm[1] * style.rate > 350:
+            raise SettingsError(
+                f"styles.{name}.rate is {style.rate:g}, which takes rate_wpm {list(params.rate_wpm)} out of 80 to 350"
+            )
     if len(set(params.keywords)) < len(params.keywords):
         raise SettingsError(f"keywords: {list(params.keywords)} names one twice")
 
@@ -194,7 +227,8 @@ def spread(bounds: tuple[int, int], place: float) -> float:
 
 
 def script(params: EspeakParams) -> list[Line]:
-    """Who says what: of each voice first its keywords, then its sentences, which are for phone recognition (pr), too."""
+    """Who says what: of each voice first its keywords, then its sentences, which are for every other task."""
+    styles = list(params.styles)
     lines = []
     speakers = voices(params)
     per_voice = params.sentences_per_voice
@@ -203,12 +237,14 @@ def script(params: EspeakParams) -> list[Line]:
         for keyword in params.keywords:
             for i in range(params.repetitions):
                 path = f"{voice.name}/{keyword}-{i}"
-                lines.append(Line(path, voice, keyword, keyword, {"kws": voice.split}))
+                lines.append(Line(path, voice, keyword, keyword, {"kws": voice.split}, None))
         said = {f"{voice.name}/s{i:03d}": texts[number * per_voice + i] for i in range(per_voice)}
         sid = split_together(said, params.sid) if params.sid is not None else {}
-        for path, text in said.items():
-            tasks = {"pr": voice.split} | ({"sid": sid[path]} if path in sid else {})
-            lines.append(Line(path, voice, text, None, tasks))
+        # the splits by voice: no test voice was heard, and no sentence is said twice
+        by_voice = ["pr", "asr"] + ["sv"] * (params.sv is not None) + ["er"] * bool(styles)
+        for i, (path, text) in enumerate(said.items()):
+            tasks = dict.fromkeys(by_voice, voice.split) | ({"sid": sid[path]} if path in sid else {})
+            lines.append(Line(path, voice, text, None, tasks, styles[i % len(styles)] if styles else None))
     return lines
 
 
@@ -217,14 +253,15 @@ def make(job: Job) -> Item:
     params, line = job.params, job.line
     generator = np.random.default_rng(list(sha256(f"{params.seed}/{line.path}".encode()).digest()))
     around = params.jitter * generator.uniform(-1, 1, size=4)
+    style = params.styles[line.style] if line.style is not None else PLAIN
     speech = speak(
         line.voice.espeak,
         line.text,
-        rate_wpm=round(line.voice.rate_wpm * (1 + 0.2 * around[0])),
-        pitch=int(np.clip(round(line.voice.pitch + 15 * around[1]), 0, 99)),
-        pitch_range=int(np.clip(round(50 + 30 * around[2]), 0, 99)),
+        rate_wpm=round(line.voice.rate_wpm * style.rate * (1 + 0.2 * around[0])),
+        pitch=int(np.clip(round(line.voice.pitch + style.pitch + 15 * around[1]), 0, 99)),
+        pitch_range=int(np.clip(round(50 + style.range + 30 * around[2]), 0, 99)),
     )
-    level_db = 6 * (around[3] - params.jitter) - HEADROOM_DB
+    level_db = 6 * (around[3] - params.jitter) - HEADROOM_DB + style.level_db
     words = resample(speech.wave.astype(np.float64) / 32_768, ESPEAK_HZ, RATE_HZ) * 10 ** (level_db / 20)
     before, after = (round(s * RATE_HZ) for s in generator.uniform(*params.silence_sec, size=2))
     wave = np.concatenate([np.zeros(before), words, np.zeros(max(after, FIELD - before - len(words)))])
@@ -243,6 +280,7 @@ def make(job: Job) -> Item:
         text=line.text,
         phones=phones_at(speech, before, len(wave)),
         keyword=line.keyword,
+        emotion=line.style,
     )
 
 

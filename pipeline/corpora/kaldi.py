@@ -20,6 +20,7 @@ from pydantic import BaseModel
 
 from cache.errors import DataError
 from pipeline.audio import Part, Quarantine
+from pipeline.corpora.drawn import DrawnTrials
 from pipeline.corpora.folder import audio_at, corpus_root, path_in
 from pipeline.corpora.item import Item
 from pipeline.corpora.lists import Line, keyed_lines, list_file, path_inside
@@ -49,6 +50,8 @@ class KaldiParams(BaseModel, frozen=True, extra="forbid"):
     """Probe tasks in which all utterances take part, by the same splits."""
     sid: WithinSpeakers | None
     """Speaker identification; null leaves that task out."""
+    sv: DrawnTrials | None
+    """Trials to draw where `tasks` has sv, speaker verification; null draws none."""
 
 
 class Piece(NamedTuple):

@@ -22,6 +22,7 @@ from pydantic import BaseModel, Field, ValidationError
 from cache.errors import DataError
 from cache.frames import RATE_HZ
 from pipeline.audio import Part
+from pipeline.corpora.drawn import DrawnTrials
 from pipeline.corpora.folder import audio_at, corpus_root, path_in
 from pipeline.corpora.item import Declared, Item
 from pipeline.corpora.lists import list_file, path_inside
@@ -73,6 +74,8 @@ class LhotseParams(BaseModel, frozen=True, extra="forbid"):
     """Probe tasks in which all utterances take part, by the splits of the parts."""
     sid: WithinSpeakers | None
     """Speaker identification; null leaves that task out."""
+    sv: DrawnTrials | None
+    """Trials to draw where `tasks` has sv, speaker verification; null draws none."""
 
 
 class Source(BaseModel):

@@ -3,9 +3,10 @@
     ROOT/SUBSET/SPEAKER/CHAPTER/SPEAKER-CHAPTER-NUMBER.flac
     ROOT/SUBSET/SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt       one "NAME WORDS" per line
 
-Train, dev and test are the official ones, by the name of the subset, and have no speaker in common. Speaker
-identification needs the same speakers on both sides, so there each speaker's utterances are shared out. Phones come from
-a lexicon; an utterance with a word that is not in it takes no part in phone recognition (pr), and all others do.
+Train, dev and test are the official ones, by the name of the subset, and have no speaker in common; they are those of
+speech recognition (asr) and of speaker verification (sv), whose trials are drawn, too. Speaker identification needs the
+same speakers on both sides, so there each speaker's utterances are shared out. Phones come from a lexicon; an utterance
+with a word that is not in it takes no part in phone recognition (pr), and all others do.
 """
 
 import re
@@ -18,6 +19,7 @@ from pydantic import BaseModel, Field
 
 from cache.errors import DataError
 from pipeline.audio import Quarantine
+from pipeline.corpora.drawn import DrawnTrials
 from pipeline.corpora.folder import audio_at, corpus_root, folders, leads_inside, path_in, recordings
 from pipeline.corpora.item import Item
 from pipeline.corpora.lexicon import LexiconParams, pronounced, read_lexicon
@@ -42,6 +44,10 @@ class LibriSpeechParams(BaseModel, frozen=True, extra="forbid"):
     """Speaker identification; null leaves that task out."""
     lexicon: LexiconParams | None
     """Phone recognition, by the words of the transcripts; null leaves that task out."""
+    asr: bool
+    """Whether all utterances take part in speech recognition."""
+    sv: DrawnTrials | None
+    """Speaker verification, in the splits of pretraining; null leaves that task out."""
 
 
 def librispeech_items(corpus: str, params: LibriSpeechParams) -> Iterator[Item]:
@@ -141,6 +147,7 @@ def with_splits(
     for item in items:
         phones = pronounced(item.text, lexicon)
         tasks = {"pr": split} if phones is not None and isinstance(item.audio, Path) else {}
+        tasks |= dict.fromkeys(["asr"] * params.asr + ["sv"] * (params.sv is not None), split)
         if item.id in sid:
             tasks["sid"] = sid[item.id]
         yield replace(item, split=split, tasks=tasks, pronunciation=phones)

@@ -5,6 +5,8 @@ from typing import Annotated
 
 from pydantic import Field
 
+from cache.manifest import Manifest
+from pipeline.corpora.drawn import draw_trials
 from pipeline.corpora.espeak import EspeakParams, count_lines, espeak_items
 from pipeline.corpora.folder import corpus_root, count_recordings
 from pipeline.corpora.iemocap import SESSIONS, IemocapParams, iemocap_items
@@ -17,7 +19,7 @@ from pipeline.corpora.speech_commands import SpeechCommandsParams, speech_comman
 from pipeline.corpora.speechocean762 import Speechocean762Params, speechocean762_items
 from pipeline.corpora.table import TableParams, table_items
 from pipeline.corpora.trials import Trial
-from pipeline.corpora.voxceleb import VoxCeleb1Params, speaker_folders, voxceleb1_items, voxceleb1_trials
+from pipeline.corpora.voxceleb import VoxCeleb1Params, speaker_folders, video_of, voxceleb1_items, voxceleb1_trials
 
 Source = Annotated[
     EspeakParams
@@ -88,3 +90,18 @@ def trials_of(corpus: str, source: Source) -> Iterator[Trial]:
             return voxceleb1_trials(corpus, source)
         case _:
             return iter(())
+
+
+def drawn_trials_of(corpus: str, source: Source, manifest: Manifest) -> list[Trial]:
+    """The trials that its settings have drawn from the utterances of a source.
+
+    Raises:
+        DataError: the utterances do not give so many.
+    """
+    match source:
+        case IemocapParams() | RavdessParams():  # actors, who change their voices
+            return []
+        case VoxCeleb1Params():
+            return draw_trials(corpus, manifest, source.sv, scene=video_of) if source.sv is not None else []
+        case _:
+            return draw_trials(corpus, manifest, source.sv) if source.sv is not None else []

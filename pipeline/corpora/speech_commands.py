@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field
 
 from cache.errors import DataError
 from pipeline.audio import Quarantine
+from pipeline.corpora.drawn import DrawnTrials
 from pipeline.corpora.folder import audio_at, corpus_root, folders, path_in, recordings
 from pipeline.corpora.item import Item
 
@@ -36,6 +37,8 @@ class SpeechCommandsParams(BaseModel, frozen=True, extra="forbid"):
     """Part of the speakers that is dev; officially 10."""
     testing_percentage: float = Field(ge=0, le=50)
     """Part of the speakers that is test; officially 10."""
+    sv: DrawnTrials | None
+    """Speaker verification, in the same splits, between recordings of different words; null leaves that task out."""
 
 
 def which_set(speaker: str, validation_percentage: float, testing_percentage: float) -> str:
@@ -95,7 +98,7 @@ def recording(corpus: str, root: Path, word: str, file: Path, params: SpeechComm
         path=path,
         audio=audio,
         split=split,
-        tasks={"kws": split},
+        tasks=dict.fromkeys(["kws"] + ["sv"] * (params.sv is not None), split),
         speaker=speaker,
         text=word,
         keyword=word,

@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field
 
 from cache.errors import DataError
 from pipeline.audio import Quarantine
+from pipeline.corpora.drawn import DrawnTrials
 from pipeline.corpora.folder import corpus_root, folders
 from pipeline.corpora.item import Item
 from pipeline.corpora.kaldi import directory_items
@@ -39,6 +40,10 @@ class Speechocean762Params(BaseModel, frozen=True, extra="forbid"):
     """Whether vowels keep the digit of their stress: AH0 or AH."""
     sid: WithinSpeakers | None
     """Speaker identification; null leaves that task out."""
+    asr: bool
+    """Whether all utterances take part in speech recognition."""
+    sv: DrawnTrials | None
+    """Speaker verification, in the splits of pretraining; null leaves that task out."""
 
 
 def speechocean762_items(corpus: str, params: Speechocean762Params) -> Iterator[Item]:
@@ -61,7 +66,8 @@ def speechocean762_items(corpus: str, params: Speechocean762Params) -> Iterator[
             if split == "train":
                 dev = Fractions(dev=params.dev_speakers, test=0)
                 split = split_alone(f"speechocean762 speaker {item.speaker}", dev)
-            tasks = {"pr": split} | ({"sid": sid[item.id]} if item.id in sid else {})
+            tasks = dict.fromkeys(["pr"] + ["asr"] * params.asr + ["sv"] * (params.sv is not None), split)
+            tasks |= {"sid": sid[item.id]} if item.id in sid else {}
             yield replace(item, split=split, tasks=tasks)
 
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field
 
 from cache.errors import DataError, SettingsError
 from pipeline.audio import Part
+from pipeline.corpora.drawn import DrawnTrials
 from pipeline.corpora.folder import audio_at, corpus_root, path_in
 from pipeline.corpora.item import Item
 from pipeline.corpora.lists import check_relative, list_file
@@ -75,6 +76,24 @@ class Everything(BaseModel, frozen=True, extra="forbid"):
 Splits = Annotated[ByColumn | BySpeaker | ByRow | Everything, Field(discriminator="kind")]
 
 
+class Namesakes(BaseModel, frozen=True, extra="forbid"):
+    """The people of another source."""
+
+    source: str
+    """Its name in `prepare.sources`."""
+    without: str
+    """What the names of speakers begin with here and not there: SPEAKER of SPEAKER0482; "" is nothing."""
+
+
+class People(BaseModel, frozen=True, extra="forbid"):
+    """Speakers who are those of other sources: one whom a probe there holds back is not learned from here."""
+
+    column: str
+    """By what stands in this column."""
+    of: dict[str, Namesakes]
+    """What stands there -> whose people; a speaker of another row is the table's own."""
+
+
 class TableParams(BaseModel, frozen=True, extra="forbid"):
     """A table of recordings."""
 
@@ -89,6 +108,10 @@ class TableParams(BaseModel, frozen=True, extra="forbid"):
     """Of pretraining and distillation; a row that this leaves out is no part of the corpus."""
     tasks: dict[str, Splits]
     """Probe task -> its splits: {sid: {kind: rows, ...}}; a row takes part where it has the label of the task."""
+    sv: DrawnTrials | None
+    """Trials to draw where `tasks` has sv, speaker verification; null draws none."""
+    people: People | None
+    """Whose speakers these are, where recordings of another source's people come in a table; null: its own."""
 
 
 NEEDED = {"kws": "keyword", "er": "emotion", "sid": "speaker", "sv": "speaker", "asr": "text", "pr": "pronunciation"}
@@ -117,6 +140,8 @@ def check(corpus: str, params: TableParams) -> None:
             raise SettingsError(f"{setting}: splits by speakers need columns.speaker, which is null")
         if task in NEEDED and getattr(params.columns, NEEDED[task]) is None:
             raise SettingsError(f"{setting}.tasks.{task} needs columns.{NEEDED[task]}, which is null")
+    if params.people is not None and params.columns.speaker is None:
+        raise SettingsError(f"{setting}.people needs columns.speaker, which is null")
 
 
 def named_columns(params: TableParams) -> dict[str, str]:
@@ -125,6 +150,8 @@ def named_columns(params: TableParams) -> dict[str, str]:
     for key, splits in {"split": params.split, **{f"tasks.{t}": s for t, s in params.tasks.items()}}.items():
         if isinstance(splits, ByColumn):
             named[f"{key}.column"] = splits.column
+    if params.people is not None:
+        named["people.column"] = params.people.column
     return named
 
 
@@ -165,13 +192,21 @@ def item_of(corpus: str, root: Path, where: str, row: Row, params: TableParams) 
         audio=audio_at(root, file),
         split=split,
         tasks=tasks,
-        speaker=speaker,
+        speaker=known_as(speaker, row, params.people),
         text=cell(columns.text),
         keyword=cell(columns.keyword),
         emotion=cell(columns.emotion),
         pronunciation=cell(columns.pronunciation),
         part=part,
     )
+
+
+def known_as(speaker: str | None, row: Row, people: People | None) -> str | None:
+    """A speaker by the name that other sources have for them: `librispeech/1089`."""
+    namesakes = people.of.get(row[people.column]) if people is not None else None
+    if speaker is None or namesakes is None:
+        return speaker
+    return f"{namesakes.source}/{speaker.removeprefix(namesakes.without)}"
 
 
 def split_of(where: str, splits: Splits, row: Row, name: str, speaker: str | None) -> str | None:

@@ -6,7 +6,7 @@
 
 Identification knows every speaker (SUPERB SID). Verification (SUPERB SV) is tested on voices it never heard: a speaker
 of any trial is in the test and nowhere else, also in pretraining. SUPERB has no dev speakers there and reports the best
-test score; here `dev_speakers` of the others choose, which is a little harder and fair.
+test score; here `dev_speakers` of the others choose, on trials drawn from them, which is a little harder and fair.
 """
 
 import re
@@ -17,7 +17,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field
 
 from cache.errors import DataError
+from cache.manifest import Utterance
 from pipeline.audio import Quarantine
+from pipeline.corpora.drawn import DrawnTrials
 from pipeline.corpora.folder import audio_at, corpus_root, folders, path_in, recordings
 from pipeline.corpora.item import Item
 from pipeline.corpora.lists import check_relative, lines_of, list_file
@@ -44,6 +46,8 @@ class VoxCeleb1Params(BaseModel, frozen=True, extra="forbid"):
     """Name -> list of trials: {vox1-o: veri_test2.txt}; {} leaves speaker verification out."""
     dev_speakers: float = Field(ge=0, le=0.5)
     """Part of the speakers of no trial that is dev, in verification and in pretraining."""
+    sv: DrawnTrials | None
+    """Trials between the dev speakers' recordings, of different videos as in the official lists; null draws none."""
 
 
 def voxceleb1_items(corpus: str, params: VoxCeleb1Params) -> Iterator[Item]:
@@ -160,6 +164,11 @@ def trial_lines(corpus: str, root: Path, params: VoxCeleb1Params) -> dict[str, l
                     f"{line.where}: its answer {int(line.same)} contradicts the speakers in its paths; mend it"
                 )
     return lists
+
+
+def video_of(utterance: Utterance) -> str:
+    """Where a recording comes from: two of one video share more than the voice."""
+    return utterance.path.rsplit("/", 1)[0]
 
 
 def voxceleb1_trials(corpus: str, params: VoxCeleb1Params) -> Iterator[Trial]:
