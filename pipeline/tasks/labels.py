@@ -42,6 +42,8 @@ TASKS = {
         Task("kws", "Keyword spotting", "KS", "accuracy", True, "keyword", lambda utterance: utterance.keyword),
         Task("sid", "Speaker identification", "SID", "accuracy", True, "speaker", lambda utterance: utterance.speaker),
         Task("pr", "Phone recognition", "PR", "PER", False, "phones", phones_of),
+        Task("asr", "Speech recognition", "ASR", "WER", False, "text", lambda utterance: utterance.text),
+        Task("sv", "Speaker verification", "ASV", "EER", False, "speaker", lambda utterance: utterance.speaker),
         Task("er", "Emotion recognition", "ER", "accuracy", True, "emotion", lambda utterance: utterance.emotion),
     )
 }
