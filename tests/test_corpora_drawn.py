@@ -3,12 +3,14 @@
 import random
 from collections import Counter
 from itertools import combinations, product
+from typing import get_args
 
 import pytest
 
 from cache.errors import DataError
 from cache.manifest import Manifest, Utterance
 from pipeline.corpora.drawn import DrawnTrials, TrialCounts, cross_pairs, draw_trials, every_two
+from pipeline.corpora.sources import Source
 from pipeline.corpora.voxceleb import video_of
 
 
@@ -121,6 +123,11 @@ def test_of_voxceleb_the_two_are_of_different_videos():
     assert all(video[t.first] != video[t.second] for t in drawn(rows, 8, 16, scene=video_of))
     with pytest.raises(DataError, match="give 8 trials"):
         drawn(rows, 9, 1, scene=video_of)
+
+
+def test_every_kind_of_source_can_draw_but_those_of_actors():
+    kinds = get_args(get_args(Source)[0])
+    assert {kind.__name__ for kind in kinds if "sv" not in kind.model_fields} == {"IemocapParams", "RavdessParams"}
 
 
 def test_lists_are_of_one_corpus_and_of_the_splits_that_are_asked_for():

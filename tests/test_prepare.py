@@ -18,6 +18,7 @@ from cache.receipts import open_receipt
 from pipeline.audio import AudioParams
 from pipeline.corpora.librispeech import LibriSpeechParams
 from pipeline.corpora.speech_commands import SpeechCommandsParams
+from pipeline.corpora.trials import read_trials
 from pipeline.prepare import PrepareParams, describe, prepare
 from stages.prepare import app
 
@@ -235,6 +236,41 @@ def test_a_speaking_process_that_is_killed_ends_the_run_with_one_line(corpora):
     with pytest.raises(ResourceError, match=r"a process that speaks .* was killed .*smaller prepare.workers"):
         prepare(PrepareParams.model_validate(values), corpora / "store" / "waves", corpora / "q.jsonl", kill)
     assert [p.name for p in (corpora / "store" / "waves").iterdir()] == ["writer.lock"]
+
+
+def test_the_command_tells_what_leaves_a_task_and_draws_trials_from_what_can_be_used(corpora):
+    rng = np.random.default_rng(1)
+    for speaker in ("ffa76c4a", "2643992f"):  # test and dev, officially
+        for word in ("up", "down"):
+            wave = (rng.normal(size=4_000) * 1_000).astype(np.int16)
+            soundfile.write(corpora / "commands" / word / f"{speaker}_nohash_0.wav", wave, 16_000)
+    (corpora / "commands" / "up" / "ffa76c4a_nohash_1.wav").write_bytes(b"")
+    chapter = corpora / "books" / "train-clean-100" / "19" / "198"
+    chapter.mkdir(parents=True)
+    for number, text in enumerate(("SOME WORDS", "OTHER WORDS")):
+        soundfile.write(chapter / f"19-198-000{number}.flac", rng.normal(size=16_000) * 0.1, 16_000)
+        with open(chapter / "19-198.trans.txt", "a") as file:
+            file.write(f"19-198-000{number} {text}\n")
+    params = settings(corpora, max_bad_fraction=0.1).model_dump(mode="json")
+    counts = {"same": 2, "different": 2}
+    params["sources"]["commands"]["sv"] = {"dev": counts, "test": counts}
+    params["sources"]["books"] |= {"asr": True, "subsets": ["train-clean-100", "test-clean"]}
+    write_params(corpora, PrepareParams.model_validate(params))
+    trials = corpora / "trials.jsonl"
+    result = CliRunner().invoke(app, [*arguments(corpora), f"--trials={trials}"], catch_exceptions=False)
+    manifest = read_manifest(corpora / "data" / "manifest.jsonl")
+    read = read_trials(trials, manifest.by_id)
+    assert [(t.list, t.same) for t in read] == [
+        (f"commands/{split}", same) for split in ("dev", "test") for same in (True, True, False, False)
+    ]
+    lines = result.stdout.splitlines()
+    assert (
+        "asr leaves out 1 of books, same sentence as what is held back; "
+        "the first is books/train-clean-100/19-198-0000, for books/test-clean/1089-134686-0000"
+    ) in lines
+    assert "trials commands/test: 2 of one speaker, 2 of two, 4 utterances" in lines
+    assert [u.id for u in manifest if u.tasks.get("asr") == "train"] == ["books/train-clean-100/19-198-0001"]
+    assert any(line.startswith("quarantined commands/up/ffa76c4a_nohash_1") for line in lines)
 
 
 def test_the_table_of_corpora_counts_by_hand(corpora):

@@ -175,7 +175,7 @@ def test_what_leaves_one_task_stays_in_the_others():
     assert clean.by_id["c/00"].split == "train"
     assert clean.audio_digest == manifest.audio_digest
     assert told(clean, leaks) == [
-        "1 utterances of c are left out of asr: a sentence held back; the first is c/00, for c/11"
+        "asr leaves out 1 of c, same sentence as what is held back; the first is c/00, for c/11"
     ]
 
 

@@ -160,9 +160,9 @@ def told(manifest: Manifest, leaks: Iterable[Leak]) -> list[str]:
     for (task, trait), rows in groups.items():
         corpora = ", ".join(sorted({leak.leaves.corpus for leak in rows}))
         first = rows[0]
-        did = "not heard in pretraining" if task == PRETRAINING else f"left out of {task}"
+        did = "does not hear" if task == PRETRAINING else "leaves out"
         lines.append(
-            f"{len(rows):,} utterances of {corpora} are {did}: a {trait} held back; "
+            f"{task} {did} {len(rows):,} of {corpora}, same {trait} as what is held back; "
             f"the first is {first.leaves.id}, for {first.kept.id}"
         )
     heard = sum(u.split == "train" and u.tasks.get("sid") in ("dev", "test") for u in manifest)
