@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from random import Random
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
@@ -48,7 +47,8 @@ class ProfileParams(BaseModel, frozen=True, extra="forbid"):
     """Of torch; 1 is what a small device has, and what is repeatable."""
 
 
-class Spread(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Spread:
     """Of the rounds."""
 
     median: float
@@ -80,7 +80,7 @@ class Profile:
     """Of what it computes: that of the features it was probed by."""
     num_params: int
     weight_bytes: int
-    """Of its safetensors files; 0 where there are none."""
+    """Of its safetensors files, heads apart; 0 where there are none."""
     costs: tuple[Cost, ...]
     """By length, the shortest first."""
 
@@ -127,8 +127,10 @@ def count_macs(model: Upstream, samples: int) -> int:
 
 
 def weight_bytes(path: Path) -> int:
-    """What the weights of a model take on the disk."""
-    return sum(file.stat().st_size for file in path.glob("*.safetensors")) if path.is_dir() else 0
+    """What the weights of a model take on the disk: of a student without its heads, of a teacher all shards."""
+    own = path / "weights.safetensors"
+    files = [own] if own.exists() else path.glob("*.safetensors") if path.is_dir() else []
+    return sum(file.stat().st_size for file in files)
 
 
 def machine() -> dict[str, str | int]:

@@ -24,7 +24,7 @@ def main(
     params: Annotated[Path, typer.Option(help="The settings.")] = Path("params.yaml"),
 ) -> None:
     """Write the report of a run: reports/index.html needs no server and no network."""
-    from functools import partial
+    import functools
 
     from cache.publish import publish_file, write_json
     from cache.receipts import open_receipt
@@ -38,7 +38,7 @@ def main(
     run = gather(manifest, quarantine, waves, receipts, features, models, probes, similarity, profile, settings.superb)
     heard = None
     if settings.listen is not None:
-        heard = worst_errors(run, partial(open_receipt(waves, verify=True).read, "wave"), settings.listen)
+        heard = worst_errors(run, functools.partial(open_receipt(waves, verify=True).read, "wave"), settings.listen)
     products = {
         "index.html": page.html(run, heard).encode(),
         "curves.png": figures.png(figures.curves(run.students)),

@@ -10,6 +10,7 @@ from cache.errors import SettingsError, StoreError
 from pipeline import profile as profiles
 from pipeline.models import open_model
 from pipeline.profile import ProfileParams, count_macs, machine, profile, weight_bytes
+from pipeline.report.products import ProfileFile, parsed
 from pipeline.student.checkpoint import save_student
 from pipeline.student.encoder import Encoder, count_parameters, initialise
 from pipeline.student.shape import EncoderShape
@@ -86,6 +87,7 @@ def test_attention_grows_with_the_square_of_the_length(tmp_path):
 
 def test_parameters_and_bytes_are_those_of_the_model_and_its_file(tmp_path):
     encoder = student(tmp_path / "student", PRUNED)
+    (tmp_path / "student" / "heads.safetensors").write_bytes(bytes(1000))  # those of distillation: dropped after it
     (tmp_path / "logmel.json").write_text('{"model": "log-mel", "num_mels": 20, "floor": 1e-6}')
     found = profile({"log-mel": tmp_path / "logmel.json", "s": tmp_path / "student"}, PARAMS)
     assert found["s"].num_params == count_parameters(encoder)
@@ -168,6 +170,8 @@ def test_the_command_measures_the_models_of_the_params_file(project, capsys):
     main(out=project / "profile.json", of="models")
     found = json.loads((project / "profile.json").read_text())
     assert list(found["models"]) == ["logmel", "tiny"]
+    read = parsed(project / "profile.json", ProfileFile)  # as the report does
+    assert read.models["tiny"].costs[1].rtf.median == found["models"]["tiny"]["costs"][1]["rtf"]["median"]
     assert found["params"] == {"seconds": [0.1, 0.2], "rounds": 5, "threads": 1}
     assert found["models"]["tiny"]["costs"][1]["macs"] == macs_by_hand(TINY, 3_200)
     assert str(project) not in (project / "profile.json").read_text()

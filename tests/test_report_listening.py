@@ -96,7 +96,7 @@ def test_more_errors_than_a_score_names_cannot_be_asked_for():
 
 def test_the_page_has_players_that_ask_for_nothing_outside_it(run):
     text = page.html(run, worst_errors(run, Waves(), BEST.model_copy(update={"max_sec": 2.0})))
-    players = re.findall(r'<audio controls preload="none" aria-label="([^"]+)" src="(data:audio/mpeg;base64,)', text)
+    players = re.findall(r'<audio controls preload="metadata" aria-label="([^"]+)" src="(data:audio/mpeg;base64,)', text)
     assert [label for label, _ in players[:2]] == ["espeak/0004", "espeak/0009, the first 2.0 s of 3.0"]
     assert len(players) == 4
     assert "media-src data:" in text

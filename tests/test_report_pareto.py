@@ -1,6 +1,7 @@
 """Quality against cost: the frontier by hand and by brute force, names that do not overlap, and pictures of a run."""
 
 import itertools
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 from pipeline.report import figures, pareto
 from pipeline.report.gather import gather
-from pipeline.report.pareto import Point, frontier, spaced
+from pipeline.report.pareto import Point, frontier, limits, spaced
 from pipeline.report.superb import SuperbParams
 from tests.report_fixtures import MODELS, write_profile, write_run
 
@@ -53,6 +54,15 @@ def test_names_keep_their_order_and_their_distance(seed):
     assert np.all(np.diff(np.array(placed)[order]) >= 0.08 - 1e-9)
     assert spaced([0.1, 0.9], 0.08) == [0.1, 0.9]
     assert spaced([0.5, 0.5], 0.1) == pytest.approx([0.45, 0.55])
+    assert spaced([1.0, 1.0, 0.2], 0.1) == pytest.approx([0.9, 1.0, 0.2])
+    assert spaced([0.0, 0.01], 0.1) == pytest.approx([0.0, 0.1])
+
+
+def test_what_is_far_from_the_trained_models_does_not_squeeze_them():
+    assert limits([50.0, 60.0], [20.0, 58.0]) == pytest.approx((50 - 0.8, 60 + 0.8))
+    assert limits([50.0, 60.0], [45.0]) == pytest.approx((45 - 1.2, 60 + 1.2))
+    assert limits([50.0], [20.0]) == pytest.approx((20 - 2.4, 50 + 2.4))
+    assert limits([], [20.0, 30.0]) == pytest.approx((20 - 0.8, 30 + 0.8))
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +91,8 @@ def test_the_picture_names_every_model_and_has_the_same_bytes_each_time(run):
     one, two = (figures.svg(pareto.plot(run, pareto.SPEED), "pareto", "") for _ in range(2))
     assert one == two
     for name in MODELS:
-        assert one.count(f">{name}<") == 3
+        assert len(re.findall(f">{name}[ <]", one)) == 3
+    assert "untrained 61 ↓<" in one  # far below the others
 
 
 def test_an_error_rate_is_turned_round_and_its_axis_reads_as_it_is(run):

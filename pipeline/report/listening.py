@@ -146,6 +146,6 @@ def _player(one: Clip) -> str:
     cut = f", the first {one.played:.1f} s of {one.seconds:.1f}" if one.played < one.seconds else ""
     name = escape(one.utterance)
     return (
-        f'<figure class="clip"><audio controls preload="none" aria-label="{name}{cut}" src="{one.data}"></audio>'
+        f'<figure class="clip"><audio controls preload="metadata" aria-label="{name}{cut}" src="{one.data}"></audio>'
         f"<figcaption>{name}{cut}</figcaption></figure>"
     )

@@ -78,7 +78,8 @@ def _pareto(run: Run) -> list[str]:
         parts.append(f'<figure class="scroll pareto">{drawn}</figure>')
     note = (
         '<p class="note" style="margin-top:18px">Better is up, cheaper is left. Squares: teachers; circles: students; wine: '
-        "those than which none is both cheaper and better, joined by a line; dashes: the best baseline, which has no weights.</p>"
+        "those than which none is both cheaper and better, joined by a line; dashes: the best baseline, which has no weights. "
+        "With an arrow: beyond the panel.</p>"
     )
     return [*parts, note]
 

@@ -17,7 +17,8 @@ from pipeline.report.figures import ACCENT, HAIRLINE, INK, LOOK, MUTED, WIDTH
 from pipeline.report.run import Model, Run
 from pipeline.tasks.labels import TASKS
 
-COLUMNS = 3
+NEAR = 0.6
+"""Of the range of the trained models: what is farther off stands at the edge."""
 HEIGHT = 2.55  # inches of a row
 LINE = 0.118  # inches from one name to the next
 
@@ -39,6 +40,10 @@ class Panel(NamedTuple):
     line: Point | None
     """The baseline."""
     is_error: bool
+
+    def written(self, quality: float) -> str:
+        """A score as it is."""
+        return f"{round(-quality if self.is_error else quality, 1):g}".replace("-", "\N{MINUS SIGN}")
 
 
 class Axis(NamedTuple):
@@ -62,8 +67,8 @@ def _milliseconds(run: Run, model: Model) -> float | None:
 
 
 SIZE = Axis("size", "parameters", lambda _, model: float(model.num_params or 0), lambda n: wording.params(round(n)))
-MACS = Axis("macs", "multiply-accumulates per second of audio", _macs, lambda n: wording.params(round(n)))
-SPEED = Axis("speed", "ms of computing per second of audio", _milliseconds, wording.significant)
+MACS = Axis("macs", "MACs per second of audio", _macs, lambda n: wording.params(round(n)))
+SPEED = Axis("speed", "ms per second of audio", _milliseconds, wording.significant)
 
 
 def axes_of(run: Run) -> list[Axis]:
@@ -107,20 +112,20 @@ def _panel(run: Run, axis: Axis, title: str, quality: dict[str, float], is_error
 def plot(run: Run, axis: Axis) -> Figure:
     """The figure of one kind of cost."""
     drawn = panels(run, axis)
-    columns = min(COLUMNS, len(drawn))
+    columns = min(3 if len(drawn) < 7 else 4, len(drawn))
     rows = ceil(len(drawn) / columns)
-    roles = {model.name: model.role for model in run.models}
+    groups = {model.name: "untrained" if model.untrained else model.role for model in run.models}
     with matplotlib.rc_context(LOOK):
         figure = Figure(figsize=(WIDTH, HEIGHT * rows), layout="constrained")
         places = figure.subplots(rows, columns, squeeze=False).flatten()
         for place, panel in zip(places, drawn, strict=False):
-            _draw(place, panel, axis, roles)
+            _draw(place, panel, axis, groups)
         for place in places[len(drawn) :]:
             place.set_axis_off()
     return figure
 
 
-def _draw(place: Axes, panel: Panel, axis: Axis, roles: dict[str, str]) -> None:
+def _draw(place: Axes, panel: Panel, axis: Axis, groups: dict[str, str]) -> None:
     place.set_title(panel.title, loc="left", fontsize=10, color=INK, fontweight="bold")
     place.grid(axis="y", color=HAIRLINE, linewidth=0.6)
     place.set_xlabel(axis.label)
@@ -128,14 +133,13 @@ def _draw(place: Axes, panel: Panel, axis: Axis, roles: dict[str, str]) -> None:
         place.text(0.5, 0.5, "no model with a cost", transform=place.transAxes, ha="center", color=MUTED)
         return
     place.set_xscale("log")
-    best = frontier(panel.points)
-    on = {point.name for point in best}
     low, high = min(p.cost for p in panel.points), max(p.cost for p in panel.points)
     place.set_xlim(low / 1.25, high * 1.25)
-    levels = [p.quality for p in panel.points] + ([panel.line.quality] if panel.line else [])
-    bottom, top = min(levels), max(levels)
-    room = 0.08 * (top - bottom or 1.0)
-    place.set_ylim(bottom - room, top + room)
+    trained = [p.quality for p in panel.points if groups[p.name] != "untrained"]
+    others = [p.quality for p in panel.points if groups[p.name] == "untrained"]
+    place.set_ylim(*limits(trained, others + ([panel.line.quality] if panel.line else [])))
+    best = frontier(panel.points)
+    on = {point.name for point in best}
     place.plot(  # a step: between two models of the frontier there is the cheaper one
         [*(p.cost for p in best), high * 1.25],
         [*(p.quality for p in best), best[-1].quality],
@@ -147,7 +151,7 @@ def _draw(place: Axes, panel: Panel, axis: Axis, roles: dict[str, str]) -> None:
     if panel.line is not None:
         place.axhline(panel.line.quality, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
     for point in panel.points:
-        teacher = roles[point.name] == "teacher"
+        teacher = groups[point.name] == "teacher"
         place.plot(
             point.cost,
             point.quality,
@@ -156,31 +160,39 @@ def _draw(place: Axes, panel: Panel, axis: Axis, roles: dict[str, str]) -> None:
             color=ACCENT if point.name in on else "white",
             markeredgecolor=ACCENT if point.name in on else INK if teacher else MUTED,
         )
-    _ticks(place, axis, low, high, panel.is_error)
+    ticks = [low, high] if high > 1.15 * low else [(low * high) ** 0.5]
+    place.set_xticks(ticks, [axis.tick(tick) for tick in ticks])
+    place.set_xticks([], minor=True)
+    place.yaxis.set_major_formatter(lambda value, _: panel.written(value))
     _names(place, panel, on)
 
 
-def _ticks(place: Axes, axis: Axis, low: float, high: float, is_error: bool) -> None:
-    """Three round costs; scores as they are, also where the axis is turned round."""
-    middle = (low * high) ** 0.5
-    ticks = [low, middle, high] if high > 1.6 * low else [low, high] if high > 1.15 * low else [middle]
-    place.set_xticks(ticks, [axis.tick(tick) for tick in ticks])
-    place.set_xticks([], minor=True)
-    place.yaxis.set_major_formatter(lambda value, _: f"{-value if is_error else value:g}")
+def limits(trained: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
+    """From the worst to the best of what was trained, and farther to what is not far from that.
+
+    An untrained model, or a baseline that costs nothing, may be so far off that all others would lie on one another.
+    """
+    bottom, top = (min(trained), max(trained)) if trained else (min(others), max(others))
+    reach = NEAR * (top - bottom) if top > bottom else float("inf")
+    levels = [bottom, top, *(level for level in others if bottom - reach <= level <= top + reach)]
+    room = 0.08 * (max(levels) - min(levels) or 1.0)
+    return min(levels) - room, max(levels) + room
 
 
 def _names(place: Axes, panel: Panel, on: set[str]) -> None:
-    """Names in a column on the right, in the order of the scores, no two on one another, each with a line to its point."""
+    """Names in a column on the right, in the order of the scores, no two on one another, each with a line to its point.
+
+    What is outside the panel stands at its edge, with its score.
+    """
     low, high = place.get_ylim()
-    inches = HEIGHT - 0.75  # of the panel's height, without title and axis
-    gap = LINE / inches
+    gap = LINE / (HEIGHT - 0.75)  # of the panel's height, without title and axis
     named = [*panel.points, *([panel.line] if panel.line else [])]
-    heights = spaced([(p.quality - low) / (high - low) for p in named], gap)
-    for point, height in zip(named, heights, strict=True):
-        best = point.name in on
-        level = (point.quality - low) / (high - low)
-        is_line = point is panel.line
-        if not is_line:
+    levels = [(point.quality - low) / (high - low) for point in named]
+    heights = spaced([min(max(level, 0.0), 1.0) for level in levels], gap)
+    for point, level, height in zip(named, levels, heights, strict=True):
+        outside = not 0 <= level <= 1
+        arrow = "\N{DOWNWARDS ARROW}" if level < 0 else "\N{UPWARDS ARROW}"
+        if point is not panel.line and not outside:
             place.annotate(
                 "",
                 xy=(point.cost, point.quality),
@@ -191,27 +203,25 @@ def _names(place: Axes, panel: Panel, on: set[str]) -> None:
                 annotation_clip=False,
                 zorder=0.5,
             )
-        elif abs(height - level) > 0.01:
-            place.plot(
-                [1.0, 1.015], [level, height], transform=place.transAxes, color=HAIRLINE, linewidth=0.6, clip_on=False
-            )
+        elif not outside:
+            place.plot([1.0, 1.015], [level, height], transform=place.transAxes, color=HAIRLINE, lw=0.6, clip_on=False)
         place.text(
             1.025,
             height,
-            point.name,
+            f"{point.name} {panel.written(point.quality)} {arrow}" if outside else point.name,
             transform=place.transAxes,
             va="center",
             fontsize=7.5,
-            color=ACCENT if best else MUTED,
-            fontweight="bold" if best else "normal",
-            fontstyle="italic" if is_line else "normal",
+            color=ACCENT if point.name in on else MUTED,
+            fontweight="bold" if point.name in on else "normal",
+            fontstyle="italic" if point is panel.line else "normal",
         )
 
 
 def spaced(heights: Sequence[float], gap: float) -> list[float]:
-    """Heights at least `gap` apart, in the same order, as near to the given ones as pushing them apart allows.
+    """Heights at least `gap` apart and between 0 and 1, in the same order, as near to the given ones as that allows.
 
-    Neighbours that touch become a block that stands where the mean of its members wants to be.
+    Neighbours that touch become a block that stands where the mean of its members wants to be (isotonic regression).
     """
     order = sorted(range(len(heights)), key=lambda n: heights[n])
     blocks: list[list[int]] = []
@@ -220,11 +230,13 @@ def spaced(heights: Sequence[float], gap: float) -> list[float]:
         while len(blocks) > 1 and _bottom(blocks[-1], heights, gap) - _top(blocks[-2], heights, gap) < gap:
             last = blocks.pop()
             blocks[-1] += last
-    placed = [0.0] * len(heights)
+    placed, rank = [0.0] * len(heights), 0
+    highest = max(1 - gap * (len(heights) - 1), 0.0)  # of the lowest name, so that those above it have room
     for block in blocks:
-        first = _bottom(block, heights, gap)
-        for place, number in enumerate(block):
-            placed[number] = first + place * gap
+        first = _bottom(block, heights, gap) - rank * gap
+        for number in block:
+            placed[number] = min(max(first, 0.0), highest) + rank * gap
+            rank += 1
     return placed
 
 

@@ -74,8 +74,10 @@ def superb_sentence(run: Run) -> str:
             f"Score: SUPERB’s formula over {wording.listed(counted)}, where {escape(found.zero)} has 0 and "
             f"{found.thousand} 1000; SUPERB-like, and not comparable with the leaderboard"
         )
-    without = [f"{TASKS[task].superb} ({escape(why)})" for task, why in found.left_out.items()]
-    return f"{text}; without {wording.listed(without)}." if without else f"{text}."
+    for why in dict.fromkeys(found.left_out.values()):
+        names = [TASKS[task].superb for task, reason in found.left_out.items() if reason == why]
+        text += f"; without {wording.listed(names)}, where {escape(why)}"
+    return f"{text}."
 
 
 def certainty(run: Run) -> str:

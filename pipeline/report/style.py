@@ -60,6 +60,7 @@ tbody tr + tr > * { border-top: 1px solid var(--hair); }
 .results abbr { text-decoration: none; }
 .results.dense { font-size: 12.5px; } .results.dense th, .results.dense td { padding-left: 9px; }
 .results.dense th:first-child, .results.dense td:first-child { padding-left: 0; }
+#certainty .plot { width: 70px; padding-left: 12px; } #certainty .plot svg { width: 64px; }
 .misses { margin: 0 0 8px; padding: 0; list-style: none; }
 .misses li { display: grid; grid-template-columns: 300px 1fr; gap: 0 24px; align-items: start; columns: 1;
   border-top: 1px solid var(--hair); padding: 10px 0; margin: 0; }
