@@ -25,6 +25,7 @@ STAGES = {  # in the order of the pipeline, as `decant --help` lists them
     "targets": "what one student reads of the stores",
     "distill": "one student, from the stores alone",
     "probe": "a frozen model's score on one task",
+    "finetune": "a student or teacher and two heads, trained on keywords and speakers together",
     "profile": "what models cost: parameters, multiply-accumulates, seconds on this CPU",
     "report": "everything on one page",
     "lhotse": "the manifest and its waveforms, for lhotse",
