@@ -5,7 +5,7 @@ path in the corpus, a probe knows utterances by their id, so `prepare` translate
 """
 
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,6 +76,21 @@ def keep_known(trials: Iterable[Trial], ids: Collection[str]) -> Kept:
                 f"the trials of {name} cannot be scored: their recordings are quarantined; see why, and mend"
             )
     return Kept(kept, len(everything) - len(kept))
+
+
+def split_of(trial: Trial, splits: Mapping[str, str]) -> str:
+    """ "dev" or "test": the split in speaker verification of both utterances, given that of each that takes part.
+
+    Raises:
+        DataError: one utterance is in dev and the other in test, or one of them trains or takes no part.
+    """
+    first, second = (splits.get(name, "none") for name in (trial.first, trial.second))
+    if first != second or first not in ("dev", "test"):
+        raise DataError(
+            f"a trial of {trial.list} asks about {trial.first} (in task 'sv': {first}) and {trial.second} ({second}); "
+            "both must be dev or both test: correct the list or the splits of the corpus, and run `decant prepare` again"
+        )
+    return first
 
 
 def write_trials(path: Path, trials: Sequence[Trial]) -> None:

@@ -13,6 +13,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from cache.errors import DataError, StoreError
+from cache.frames import FrameSpan
 from cache.manifest import Manifest
 from cache.ragged import Store
 from pipeline.codecs import Decoder
@@ -58,11 +59,13 @@ class FrameFeatures:
         self.width: int = store.width
         self._store, self._normalise, self._device = store, normalise_layers, device
         self._decode = Decoder(store, layers, device)
-        row_bytes = len(layers) * store.row_width * store.dtype.itemsize
-        self._bytes = {
-            name: count * row_bytes for name, count in zip(ids, checked_frames(store, manifest, ids), strict=True)
-        }
+        self._row_bytes = len(layers) * store.row_width * store.dtype.itemsize
+        self._counts = dict(zip(ids, checked_frames(store, manifest, ids), strict=True))
         self._room, self._held = held_bytes, dict[str, Shaped[np.ndarray, "L T W"]]()
+
+    def num_frames(self, name: str) -> int:
+        """Frames of one utterance."""
+        return self._counts[name]
 
     def hold(self, ids: Sequence[str], on_read: Callable[[float], None] | None = None) -> None:
         """Keep these utterances in memory, in the order of the store, as many as there is room for.
@@ -71,8 +74,8 @@ class FrameFeatures:
         """
         wanted = []
         for name in sorted(set(ids) - set(self._held), key=self._store.index.__getitem__):
-            if self._bytes[name] <= self._room:
-                self._room -= self._bytes[name]
+            if self.num_frames(name) * self._row_bytes <= self._room:
+                self._room -= self.num_frames(name) * self._row_bytes
                 wanted.append(name)
         for at in range(0, len(wanted), AT_ONCE):
             some = wanted[at : at + AT_ONCE]
@@ -80,15 +83,19 @@ class FrameFeatures:
             if on_read is not None:
                 on_read(float(len(some)))
 
-    def of(self, ids: Sequence[str]) -> Frames:
-        """The frames of some utterances, in the order asked for.
+    def of(self, ids: Sequence[str], spans: Sequence[FrameSpan] | None = None) -> Frames:
+        """The frames of some utterances, in the order asked for; with `spans`, of each only those.
 
         Raises:
             DataError: a feature that is not finite.
         """
-        absent = [name for name in ids if name not in self._held]
-        fresh = dict(zip(absent, self._read(absent), strict=True)) if absent else {}
-        rows = [self._held[name] if name in self._held else fresh[name] for name in ids]
+        absent = [number for number, name in enumerate(ids) if name not in self._held]
+        read = self._read([ids[i] for i in absent], spans and [spans[i] for i in absent]) if absent else []
+        fresh = dict(zip(absent, read, strict=True))
+        rows = [
+            fresh[i] if i in fresh else self._held[name] if spans is None else self._held[name][:, spans[i].rows]
+            for i, name in enumerate(ids)
+        ]
         counts = [part.shape[1] for part in rows]
         layers = self._decode(torch.from_numpy(np.concatenate(rows, axis=1))[None].to(self._device))[0]
         if not bool(layers.isfinite().all()):
@@ -96,6 +103,6 @@ class FrameFeatures:
             raise DataError(f"{ids[bad]}: its features are not finite; check the model, then extract it again")
         return Frames(normalise(layers) if self._normalise else layers, counts)
 
-    def _read(self, ids: Sequence[str]) -> list[Shaped[np.ndarray, "L T W"]]:
-        encoded, counts = self._store.read_batch(ids, self.layers)
+    def _read(self, ids: Sequence[str], spans: Sequence[FrameSpan] | None = None) -> list[Shaped[np.ndarray, "L _ W"]]:
+        encoded, counts = self._store.read_batch(ids, self.layers, spans)
         return [rows[:, :count].copy() for rows, count in zip(encoded, counts.tolist(), strict=True)]

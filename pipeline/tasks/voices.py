@@ -1,0 +1,151 @@
+"""A manifest and trials in, speaker verification over them out: training speakers, and what is asked in dev and in test.
+
+Voices of dev and test are none of the training's: verification is of people whom nobody knew while training.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Int64
+
+from cache.errors import DataError, SettingsError
+from cache.manifest import Manifest
+from pipeline.corpora.trials import Trial, split_of
+from pipeline.tasks.labels import Examples, Task, labels_by_split
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """N trials, and the U utterances they are about, each there once."""
+
+    name: str
+    """Of the list of trials."""
+    ids: tuple[str, ...]
+    """In manifest order."""
+    pairs: Int64[np.ndarray, "N 2"]
+    """The two utterances of each trial, counted in `ids`."""
+    same: Bool[np.ndarray, " N"]
+    speakers: Int64[np.ndarray, "N 2"]
+    """Who says them; numbers that mean nothing but who is who."""
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+
+@dataclass(frozen=True, slots=True)
+class VoiceSplits:
+    """Speaker verification over one manifest."""
+
+    task: Task
+    names: tuple[str, ...]
+    """The K training speakers, sorted; `train.classes` indexes them."""
+    train: Examples
+    dev: Asked
+    """All trials of dev together, of whichever list."""
+    tests: tuple[Asked, ...]
+    """The test trials of each list, by name."""
+    headline: int
+    """Of the tests, the one whose EER is the score."""
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Every utterance that is read."""
+        asked = [*self.dev.ids, *(name for test in self.tests for name in test.ids)]
+        return tuple(dict.fromkeys([*self.train.ids, *asked]))
+
+    @property
+    def test_ids(self) -> tuple[str, ...]:
+        """The utterances of all tests, each once."""
+        return tuple(dict.fromkeys(name for test in self.tests for name in test.ids))
+
+
+def voice_splits(manifest: Manifest, task: Task, trials: Sequence[Trial], headline: str | None) -> VoiceSplits:
+    """Sort speakers and trials, and refuse what cannot be scored or would leak.
+
+    Raises:
+        DataError: as `labels_by_split` and `split_of`; a voice on two sides; an answer that the speakers contradict; no
+            trials, or trials of one kind only, in dev or in a test list.
+        SettingsError: `headline` is no list, or null where there are several.
+    """
+    labels = labels_by_split(manifest, task)
+    refuse_shared_voices(task, labels)
+    splits = {name: split for split, rows in labels.items() for name, _ in rows}
+    speaker = {name: who for rows in labels.values() for name, who in rows}
+    asked: dict[str, dict[str, list[Trial]]] = {"dev": {}, "test": {}}
+    for trial in trials:
+        asked[split_of(trial, splits)].setdefault(trial.list, []).append(trial)
+        if trial.same != (speaker[trial.first] == speaker[trial.second]):
+            raise DataError(
+                f"a trial of {trial.list} says that {trial.first} and {trial.second} are "
+                f"{'one speaker' if trial.same else 'two speakers'}, and the manifest says {speaker[trial.first]} and "
+                f"{speaker[trial.second]}; correct the list or the corpus"
+            )
+    for split, lists in asked.items():
+        if not lists:
+            raise DataError(
+                f"task '{task.name}' has no {split} trials; have `decant prepare` draw some for a corpus with "
+                f"{split} speakers, or leave the probe out"
+            )
+    dev = asked_about(manifest, "dev", [trial for rows in asked["dev"].values() for trial in rows], speaker)
+    tests = tuple(asked_about(manifest, name, rows, speaker) for name, rows in sorted(asked["test"].items()))
+    names = tuple(sorted({who for _, who in labels["train"]}))
+    if len(names) < 2:
+        raise DataError(f"task '{task.name}' has one training speaker only ('{names[0]}'); add others")
+    index = {who: number for number, who in enumerate(names)}
+    train = Examples(tuple(name for name, _ in labels["train"]), tuple(index[who] for _, who in labels["train"]))
+    return VoiceSplits(task, names, train, dev, tests, headline_of(task, [test.name for test in tests], headline))
+
+
+def refuse_shared_voices(task: Task, labels: dict[str, list[tuple[str, str]]]) -> None:
+    """A speaker belongs to one split.
+
+    Raises:
+        DataError: one belongs to two.
+    """
+    home: dict[str, tuple[str, str]] = {}
+    for split, rows in labels.items():
+        for name, who in rows:
+            before, earlier = home.setdefault(who, (split, name))
+            if before != split:
+                raise DataError(
+                    f"speaker {who} is in {before} ({earlier}) and in {split} ({name}) of task '{task.name}', which tests "
+                    "voices never heard; split the corpus by speaker"
+                )
+
+
+def asked_about(manifest: Manifest, name: str, trials: list[Trial], speaker: dict[str, str]) -> Asked:
+    """Trials by number.
+
+    Raises:
+        DataError: all are of one kind.
+    """
+    if len({trial.same for trial in trials}) < 2:
+        kind = "one speaker" if trials[0].same else "two speakers"
+        raise DataError(f"all {len(trials)} trials of {name} are of {kind}; an error rate needs trials of both kinds")
+    wanted = {utterance for trial in trials for utterance in (trial.first, trial.second)}
+    ids = tuple(utterance.id for utterance in manifest if utterance.id in wanted)
+    place = {utterance: number for number, utterance in enumerate(ids)}
+    voices = {who: number for number, who in enumerate(dict.fromkeys(speaker[utterance] for utterance in ids))}
+    pairs = np.array([(place[t.first], place[t.second]) for t in trials])
+    return Asked(
+        name,
+        ids,
+        pairs,
+        np.array([trial.same for trial in trials]),
+        np.array([voices[speaker[utterance]] for utterance in ids])[pairs],
+    )
+
+
+def headline_of(task: Task, names: list[str], wanted: str | None) -> int:
+    """Which list is the score.
+
+    Raises:
+        SettingsError: it is not said, and there are several; or there is none of that name.
+    """
+    if wanted is None and len(names) == 1:
+        return 0
+    if wanted not in names:
+        problem = "is null, and there are several" if wanted is None else f"is {wanted!r}, and that is none"
+        raise SettingsError(f"probes.{task.name}.list {problem}: choose one of {', '.join(names)}")
+    return names.index(wanted)
