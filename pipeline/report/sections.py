@@ -93,11 +93,11 @@ def _ranked(run: Run, task: str, models: list[Model]) -> list[tuple[Model, Score
 
 HEADS = {
     "pr": "a linear layer and a linear classifier of every frame under CTC, greedy answers.",
-    "asr": "a linear layer, bidirectional LSTMs and characters under CTC.",
+    "asr": "a linear layer, bidirectional LSTMs and characters under CTC, greedy answers without a language model.",
     "kws": "a linear layer, the mean over frames, a linear classifier.",
     "sid": "the same as KS.",
     "er": "the same as KS, in folds where a corpus has them.",
-    "sv": "a linear layer, an x-vector, additive-margin softmax over training speakers, cosine of two utterances.",
+    "sv": "a linear layer, an x-vector, additive-margin softmax over training speakers, cosine of two utterances; AdamW.",
 }
 
 
@@ -132,6 +132,11 @@ def protocol(run: Run) -> str:
         "<b>Frames.</b> Exactly what the convolutions give, stored as in the table of stores; s3prl repeats or cuts frames to match "
         "the duration.",
     ]
+    if "asr" in run.tasks:
+        differences.append(
+            "<b>Recognition.</b> SpecAugment on the weighted sum, where it is on, without time warp; batches are drawn from all "
+            "utterances, not from buckets of like lengths."
+        )
     if "sv" in run.tasks:
         differences.append(
             "<b>Verification.</b> Checkpoint and learning rate are chosen on trials of dev speakers; SUPERB has none and "
@@ -153,8 +158,9 @@ def _intervals(run: Run) -> str:
         of = wording.listed([f"{TASKS[task].metric} over {tests[task]} test utterances" for task in edits])
         said.append(f"the bootstrap’s for {of}")
     if "sv" in run.tasks:
-        said.append(f"the bootstrap’s for {TASKS['sv'].metric}")
-    return f"Intervals are {'; '.join(said)}; utterances of one speaker are not independent, so the truth is wider."
+        said.append(f"the bootstrap’s for {TASKS['sv'].metric} over test speakers")
+    but = f"Except for {TASKS['sv'].metric}, utterances" if "sv" in run.tasks else "Utterances"
+    return f"Intervals are {'; '.join(said)}. {but} of one speaker are not independent, so the truth is wider."
 
 
 def corpora(run: Run) -> str:
