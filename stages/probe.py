@@ -11,10 +11,11 @@ app = typer.Typer()
 @app.command()
 def main(
     model: Annotated[str, typer.Argument(help="Name of the model, as in features/MODEL.json.")],
-    task: Annotated[str, typer.Argument(help="pr, kws, sid or er; its settings are probes.TASK of the params file.")],
+    task: Annotated[str, typer.Argument(help="pr, asr, kws, sid, sv or er; its settings are probes.TASK of the params file.")],
     features: Annotated[Path, typer.Option(help="Receipt of the features of the model.")],
     manifest: Annotated[Path, typer.Option(help="The manifest, for labels and splits.")],
     out: Annotated[Path, typer.Option(help="The score, a JSON file.")],
+    trials: Annotated[Path | None, typer.Option(help="Trials, as prepare writes them; sv needs them.")] = None,
     params: Annotated[Path, typer.Option(help="The settings.")] = Path("params.yaml"),
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto.")] = "auto",
 ) -> None:
@@ -27,15 +28,19 @@ def main(
     from cache.names import PROJECTION, in_order
     from cache.publish import read_json, write_json
     from cache.receipts import open_receipt
+    from pipeline.corpora.trials import read_trials
     from pipeline.devices import choose_device
     from pipeline.tasks.labels import task_named
     from pipeline.tasks.run import Settings, job_of, settings_of
+    from pipeline.tasks.textscore import AsrScore
     from stages._params import read_params
     from stages._progress import progress
 
     row = task_named(task)
     settings: Settings = read_params(f"probes.{task}", settings_of(task), params)
-    job = job_of(row, read_manifest(manifest), settings)
+    utterances = read_manifest(manifest)
+    asked = read_trials(trials, utterances.by_id) if task == "sv" and trials is not None else None
+    job = job_of(row, utterances, settings, asked)
     receipt = read_json(features)
     with progress(f"probe {model} on {task}", total=job.total, unit=job.unit) as tick:
         layers = [name for name in in_order(list(receipt["arrays"])) if name != PROJECTION]  # it is no hidden state
@@ -59,6 +64,8 @@ def main(
         f"{model} on {task}: {score.metric} {100 * score.mean:.1f}{spread} % "
         f"({floor}, lr {score.lr:g}, {score.counts['test']} test utterances)"
     )
+    if isinstance(score, AsrScore) and score.beam is not None:
+        print(f"with a language model: WER {100 * score.beam.mean:.1f} % (weight {score.beam.lm_weight:g})")
     if score.lr_at_edge:
         print(f"the best learning rate {score.lr:g} is at the edge of those tried; widen probes.{task}.lrs")
 

@@ -231,8 +231,8 @@ def test_a_task_that_cannot_be_scored_is_refused_with_a_reason(rows, message):
 
 
 def test_an_unknown_task_is_refused_with_the_choices():
-    with pytest.raises(SettingsError, match="no probe task 'asr'; choose one of er, kws, pr, sid"):
-        task_named("asr")
+    with pytest.raises(SettingsError, match="no probe task 'vad'; choose one of asr, er, kws, pr, sid, sv"):
+        task_named("vad")
 
 
 def test_features_that_lack_an_utterance_are_refused_by_name(planted):
