@@ -96,5 +96,5 @@ def _made(learner: Learner, reader: BatchReader, task: str, ids: Sequence[str]) 
                 made = torch.zeros(len(ids), out.shape[1], device=learner.device)
             made[[row_of[name] for name in batch.ids]] = out
     if made is None:  # fewer batches than processes
-        made = torch.zeros(len(ids), learner.model.heads[task].width, device=learner.device)  # type: ignore[arg-type]
+        made = torch.zeros(len(ids), learner.model.head(task).width, device=learner.device)
     return add_up(made, world).cpu()

@@ -81,7 +81,7 @@ class Learner(nn.Module):
             torch.manual_seed(seed_of(self.seed, batch.number))
             classes = torch.tensor([self.class_of[task][name] for name in batch.ids], device=self.device)
             made = self(task, batch, self._hidden(batch) if moves else None, moves)
-            loss = self.model.heads[task].loss(made, classes)  # type: ignore[operator]
+            loss = self.model.head(task).loss(made, classes)
             share = len(batch.ids) / examples[task]
             part = self.loss_weights(task, loss) * share
             part.backward()

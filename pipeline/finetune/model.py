@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cache.publish import read_json
-from pipeline.finetune.settings import FinetuneParams, KeywordParams, Layers, SpeakerParams, XVectorPooling
+from pipeline.finetune.settings import FinetuneParams, KeywordParams, SpeakerParams, XVectorPooling
 from pipeline.padding import frame_mask, frames_of_samples
 from pipeline.student.checkpoint import load_student
 from pipeline.student.encoder import Encoder, Hidden
@@ -122,12 +122,17 @@ class Model(nn.Module):
         """
         with torch.set_grad_enabled(moves and torch.is_grad_enabled()):
             states = self.encoder(waves, samples, None, hide)
-        head = self.heads[task]
-        layers: Layers = head.layers  # type: ignore[assignment]
-        read = [self.encoder.read_out(states)] if layers == "last" else states.hidden
+        head = self.head(task)
+        read = [self.encoder.read_out(states)] if head.layers == "last" else states.hidden
         with torch.autocast(waves.device.type, enabled=False):
             made: Tensor = head([state.float() for state in read], frames_of_samples(samples))
         return made
+
+    def head(self, task: str) -> KeywordHead | SpeakerHead:
+        """Of a task."""
+        head = self.heads[task]
+        assert isinstance(head, KeywordHead | SpeakerHead)
+        return head
 
     @property
     def left_behind(self) -> list[nn.Module]:
