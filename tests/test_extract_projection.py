@@ -188,7 +188,7 @@ def test_the_projection_is_no_layer_to_compare(world):
 def test_a_probe_weighs_hidden_states_alone(world, tmp_path):
     splits = itertools.cycle(("train", "train", "dev", "dev", "test", "test"))
     labelled = [
-        replace(u, keyword="yn"[n % 2], tasks={"kws": split})
+        replace(u, keyword="yn"[n % 2], split=split, tasks={"kws": split}, speaker=split)
         for n, (u, split) in enumerate(zip(world.manifest, splits, strict=False))
     ]
     write_manifest(tmp_path / "labelled.jsonl", Manifest(tuple(labelled)))
