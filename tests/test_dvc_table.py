@@ -26,6 +26,7 @@ def small_params():
     for voices in espeak["voices"].values():
         voices["count"] = 2
     espeak.update(keywords=["yes", "no"], repetitions=1, sentences_per_voice=4)
+    espeak["sv"] = {split: {"same": 4, "different": 4} for split in ("dev", "test")}
     params["prepare"]["workers"] = 1
     hubert = params["teachers"]["hubert"]
     hubert["source"]["shape"].update(SIZES, layers=2, heads=2)
