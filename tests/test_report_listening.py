@@ -14,6 +14,7 @@ from pipeline.report import listening, page
 from pipeline.report.gather import gather
 from pipeline.report.listening import ListenParams, clip, worst_errors
 from pipeline.report.superb import SuperbParams
+from stages.report import main
 from tests.report_fixtures import write_run
 
 BEST = ListenParams.model_validate({"model": {"kind": "best"}, "each": 2, "max_sec": 8.0})
@@ -96,7 +97,9 @@ def test_more_errors_than_a_score_names_cannot_be_asked_for():
 
 def test_the_page_has_players_that_ask_for_nothing_outside_it(run):
     text = page.html(run, worst_errors(run, Waves(), BEST.model_copy(update={"max_sec": 2.0})))
-    players = re.findall(r'<audio controls preload="metadata" aria-label="([^"]+)" src="(data:audio/mpeg;base64,)', text)
+    players = re.findall(
+        r'<audio controls preload="metadata" aria-label="([^"]+)" src="(data:audio/mpeg;base64,)', text
+    )
     assert [label for label, _ in players[:2]] == ["espeak/0004", "espeak/0009, the first 2.0 s of 3.0"]
     assert len(players) == 4
     assert "media-src data:" in text
@@ -120,3 +123,19 @@ def test_a_task_without_an_error_says_so(tmp_path):
     write_json(paths["probes"] / "distil-kws.json", {**score, "misses": []})
     run = gather(**paths)
     assert "No error on test." in listening.section(run, worst_errors(run, Waves(), BEST))
+
+
+def test_the_command_plays_what_the_wave_store_holds(tiny_corpus, tmp_path):
+    paths = write_run(tmp_path / "run")
+    for path in paths["probes"].glob("*.json"):
+        write_json(path, {**read_json(path), "misses": [[["tiny/005"], "yes", "no", 0.9]]})
+    listen = "listen: {model: {kind: model, model: small}, each: 1, max_sec: 8.0}"
+    (tmp_path / "params.yaml").write_text(f"report: {{superb: null, {listen}}}\n")
+    main(**{**paths, "waves": tiny_corpus.waves_path}, out=tmp_path / "out", params=tmp_path / "params.yaml")
+    players = re.findall(r'aria-label="tiny/005" src="([^"]+)"', (tmp_path / "out" / "index.html").read_text())
+    assert len(players) == 2
+    samples, _ = heard_in(players[0])
+    stored = tiny_corpus.waves.read("wave", "tiny/005")
+    offset = np.argmax(np.correlate(samples[:6000], stored[:4000] / 32768, "valid"))
+    aligned = samples[offset : offset + 20_000]
+    assert np.corrcoef(aligned, stored[: len(aligned)])[0, 1] > 0.95

@@ -122,6 +122,8 @@ def plot(run: Run, axis: Axis) -> Figure:
             _draw(place, panel, axis, groups)
         for place in places[len(drawn) :]:
             place.set_axis_off()
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # laid out once, not at each of the drawings that saving takes
     return figure
 
 
