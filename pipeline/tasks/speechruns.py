@@ -39,7 +39,7 @@ class Run:
 
     def __init__(self, head: SpeechHead, seed: int, rate: float, params: AsrParams, device: torch.device) -> None:
         self.head, self.rate, self._params = head.to(device), rate, params
-        self._optimizer = torch.optim.Adam(self.head.parameters(), rate)
+        self._optimizer = torch.optim.Adam(self.head.parameters(), rate, fused=True)
         self._draws = Draws.seeded(seed, device)
         self.dev, self.best_step, self.over = 1.0, 0, False  # a run that diverges is where it began, and says nothing
         self._best, self._key, self._idle = self._snapshot(), (float("inf"), float("inf")), 0
