@@ -45,7 +45,7 @@ def changed(names, **changes):
 
 def test_tasks_are_sorted_into_what_is_learned_and_what_is_judged():
     examples = examples_of(TASKS, MANIFEST, TRIALS)
-    assert examples.classes == {"kws": ("no", "yes"), "sv": ("a", "b", "c")}
+    assert examples.classes == {"kws": ("no", "yes"), "sv": ("toy/a", "toy/b", "toy/c")}
     assert examples.train["sv"].ids == tuple(f"{s}{n}" for s in "abc" for n in range(4))
     assert examples.train["sv"].classes == (0,) * 4 + (1,) * 4 + (2,) * 4
     assert examples.judged("dev")["sv"] == ["d0", "d1", "e1"]

@@ -40,10 +40,10 @@ TASKS = {
     task.name: task
     for task in (
         Task("kws", "Keyword spotting", "KS", "accuracy", True, "keyword", lambda utterance: utterance.keyword),
-        Task("sid", "Speaker identification", "SID", "accuracy", True, "speaker", lambda utterance: utterance.speaker),
+        Task("sid", "Speaker identification", "SID", "accuracy", True, "speaker", lambda utterance: utterance.person),
         Task("pr", "Phone recognition", "PR", "PER", False, "phones", phones_of),
         Task("asr", "Speech recognition", "ASR", "WER", False, "text", lambda utterance: utterance.text),
-        Task("sv", "Speaker verification", "ASV", "EER", False, "speaker", lambda utterance: utterance.speaker),
+        Task("sv", "Speaker verification", "ASV", "EER", False, "speaker", lambda utterance: utterance.person),
         Task("er", "Emotion recognition", "ER", "accuracy", True, "emotion", lambda utterance: utterance.emotion),
     )
 }
