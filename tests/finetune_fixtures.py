@@ -7,7 +7,7 @@ the other, and an encoder that learns both has to keep both.
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, product
 from pathlib import Path
@@ -22,6 +22,7 @@ from cache.publish import write_json
 from cache.receipts import make_receipt, open_receipt, store_key
 from cache.waves import WaveWriter
 from pipeline.corpora.trials import Trial, read_trials, write_trials
+from pipeline.distill.curves import Log
 from pipeline.finetune.run import finetune
 from pipeline.finetune.settings import FinetuneParams
 from pipeline.finetune.start import open_start
@@ -201,6 +202,7 @@ def tune(
     said: list[str] | None = None,
     tick: Callable[..., None] = lambda *_, **__: None,
     readers: int = 0,
+    logs_of: Callable[[int], Sequence[Log]] = lambda seed: (),
 ) -> dict[str, Any]:
     """`finetune` in this process, with the settings of params.yaml; gives its metrics."""
     manifest = manifest or world.manifest
@@ -215,6 +217,7 @@ def tune(
         tick,
         (lambda _: None) if said is None else said.append,
         readers,
+        logs_of=logs_of,
     )
 
 

@@ -95,8 +95,8 @@ def test_data_that_cannot_be_judged_by_are_refused(manifest, trials, told):
 @pytest.mark.parametrize(
     ("name", "trials", "told"),
     [
-        (None, TRIALS, "list is null, and there are several: choose one of toy/hard, toy/test"),
-        ("toy/easy", TRIALS, "list is 'toy/easy', and that is none: choose one of toy/hard, toy/test"),
+        (None, TRIALS, "`list` of task 'sv' is null, and there are several: choose one of toy/hard, toy/test"),
+        ("toy/easy", TRIALS, "`list` of task 'sv' is 'toy/easy', and that is none: choose one of toy/hard, toy/test"),
         ("toy/test", None, "pass --trials"),
     ],
 )

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from cache.errors import SettingsError
+from cache.errors import DecantError, SettingsError
 from stages.finetune import app
 from tests.finetune_fixtures import FROZEN, make_world, products, tune, write_params
 
@@ -143,3 +143,44 @@ def test_the_command_tells_the_scores_and_needs_trials(world):
     at = arguments.index("--trials")
     with pytest.raises(SettingsError, match=r"finetunes.tuned: tasks.sv is set.*--trials"):
         CliRunner().invoke(app, arguments[:at] + arguments[at + 2 :], catch_exceptions=False)
+
+
+class Told:
+    """A log that remembers."""
+
+    def __init__(self):
+        self.told = []
+
+    def begin(self, first, run):
+        self.told.append(first)
+
+    def row(self, step, values):
+        self.told.append((step, values["total"]))
+
+    def flush(self):
+        pass
+
+    def close(self):
+        self.told.append("closed")
+
+
+def test_loggers_are_told_the_rows_of_their_seed(world):
+    write_params(world, seeds=[1, 2], train={"steps": 4})
+    logs = {1: Told(), 2: Told()}
+    tune(world, "models/logged", logs_of=lambda seed: [logs[seed]])
+    rows = list(csv.DictReader((world.root / "models/logged/curves.csv").read_text().splitlines()))
+    for seed, log in logs.items():
+        first, *told, closed = log.told
+        assert (first, closed) == (0, "closed")
+        of_seed = [(int(row["step"]), pytest.approx(float(row["total"]))) for row in rows if row["seed"] == str(seed)]
+        assert told == of_seed
+        assert [step for step, _ in told] == [3, 4]
+
+
+def test_a_loss_that_is_no_number_changes_no_weight_and_is_told(world):
+    write_params(world, train={"head_learning_rate": 1e30, "clip": None, "checkpoint_every": 1})
+    with pytest.raises(DecantError, match=r"step \d of seed 1: loss or gradient is not finite .* lower encoder"):
+        tune(world, "models/diverged")
+    for path in (world.root / "models/.diverged.training.partial").glob("state-seed-1/*.pt"):
+        tensors = torch.load(path, weights_only=True)["modules"]
+        assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())

@@ -59,10 +59,10 @@ def test_several_lists_need_one_to_be_named():
     trials = all_pairs(manifest_of())
     two = [*trials, *(t._replace(list="toy/hard") for t in trials if t.first[4] == "e")]
     with pytest.raises(
-        SettingsError, match="probes.sv.list is null, and there are several: choose one of toy/hard, toy/t"
+        SettingsError, match="`list` of task 'sv' is null, and there are several: choose one of toy/hard, toy/t"
     ):
         sorted_out(trials=two)
-    with pytest.raises(SettingsError, match="probes.sv.list is 'vox1-o', and that is none: choose one of toy/test"):
+    with pytest.raises(SettingsError, match="`list` of task 'sv' is 'vox1-o', and that is none: choose one of toy/test"):
         sorted_out(headline="vox1-o")
 
 

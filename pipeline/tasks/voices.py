@@ -147,5 +147,5 @@ def headline_of(task: Task, names: list[str], wanted: str | None) -> int:
         return 0
     if wanted not in names:
         problem = "is null, and there are several" if wanted is None else f"is {wanted!r}, and that is none"
-        raise SettingsError(f"probes.{task.name}.list {problem}: choose one of {', '.join(names)}")
+        raise SettingsError(f"`list` of task '{task.name}' {problem}: choose one of {', '.join(names)}")
     return names.index(wanted)
