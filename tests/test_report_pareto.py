@@ -95,6 +95,17 @@ def test_the_picture_names_every_model_and_has_the_same_bytes_each_time(run):
     assert "untrained 61 ↓<" in one  # far below the others
 
 
+def test_an_untrained_student_that_is_a_little_faster_is_not_on_the_frontier(run):
+    models = dict(run.profile.models)
+    (cost,) = models["untrained"].costs[-1:]
+    fast = cost.model_copy(update={"rtf": cost.rtf.model_copy(update={"median": 1e-6})})
+    models["untrained"] = models["untrained"].model_copy(update={"costs": (fast,)})
+    faster = replace(run, profile=run.profile.model_copy(update={"models": models}))
+    drawn = {text.get_text(): text for text in pareto.plot(faster, pareto.SPEED).axes[0].texts if text.get_text()}
+    assert drawn["hubert"].get_fontweight() == "bold"
+    assert drawn["untrained 61 ↓"].get_fontweight() == "normal"
+
+
 def test_an_error_rate_is_turned_round_and_its_axis_reads_as_it_is(run):
     scores = {
         pair: s.model_copy(update={"task": "pr", "mean": 1 - s.mean})

@@ -140,7 +140,8 @@ def _draw(place: Axes, panel: Panel, axis: Axis, groups: dict[str, str]) -> None
     trained = [p.quality for p in panel.points if groups[p.name] != "untrained"]
     others = [p.quality for p in panel.points if groups[p.name] == "untrained"]
     place.set_ylim(*limits(trained, others + ([panel.line.quality] if panel.line else [])))
-    best = frontier(panel.points)
+    # an untrained student is a control: where a trained one has its shape, only noise in the seconds makes it the cheaper
+    best = frontier([p for p in panel.points if groups[p.name] != "untrained"] or panel.points)
     on = {point.name for point in best}
     place.plot(  # a step: between two models of the frontier there is the cheaper one
         [*(p.cost for p in best), high * 1.25],
