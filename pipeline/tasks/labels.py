@@ -44,7 +44,7 @@ TASKS = {
         Task("pr", "Phone recognition", "PR", "PER", False, "phones", phones_of),
         Task("asr", "Speech recognition", "ASR", "WER", False, "text", lambda utterance: utterance.text),
         Task("sv", "Speaker verification", "ASV", "EER", False, "speaker", lambda utterance: utterance.person),
-        Task("er", "Emotion recognition", "ER", "accuracy", True, "emotion", lambda utterance: utterance.emotion),
+        Task("er", "Emotion or speaking style", "ER", "accuracy", True, "emotion", lambda utterance: utterance.emotion),
     )
 }
 
