@@ -9,15 +9,21 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cache.errors import DataError, DecantError, StoreError
 from cache.publish import read_json, write_json
-from pipeline.report import drawing, figures, page, results, sections, tables, training, wording
+from pipeline.report import drawing, figures, page, results, sections, tables, wording
 from pipeline.report.gather import gather
+from pipeline.report.listening import ListenParams, worst_errors
 from pipeline.report.run import Run
+from pipeline.report.superb import SuperbParams
 from stages.report import main
-from tests.report_fixtures import MODELS, receipt, write_profile, write_run
+from tests.report_fixtures import MODELS, receipt, write_profile, write_run, write_tuned
+
+SUPERB = SuperbParams.model_validate({"zero": {"kind": "model", "model": "log-mel"}, "thousand": {"kind": "best"}})
+LISTEN = ListenParams.model_validate({"model": {"kind": "best"}, "each": 2, "max_sec": 8.0})
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +34,17 @@ def paths(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def run(paths) -> Run:
     return gather(**paths)
+
+
+@pytest.fixture(scope="module")
+def whole_page(paths, tmp_path_factory) -> str:
+    """The page with all that it may have but players."""
+    home = tmp_path_factory.mktemp("whole")
+    shutil.copytree(paths["models"], home / "models")
+    write_tuned(home / "models", "joint", ("student", "small"), False, {"kws": 0.95, "sv": 0.12})
+    profile = write_profile(home / "profile.json")
+    run = gather(**{**paths, "models": home / "models"}, profile=profile, superb=SUPERB)
+    return page.html(run)
 
 
 @pytest.fixture
@@ -52,8 +69,8 @@ def test_every_product_is_there_and_the_same_bytes_each_time(paths, tmp_path, ca
     assert "report: 10 scores of 5 models" in capsys.readouterr().out
 
 
-def test_the_page_asks_for_nothing_and_tells_nothing_of_the_machine(run, paths):
-    text = page.html(run)
+def test_the_page_asks_for_nothing_and_tells_nothing_of_the_machine(whole_page, paths):
+    text = whole_page
     outside = set(re.findall(r"""(?:https?:)?//[^"' )<>]+""", text)) - {
         "http://www.w3.org/2000/svg",  # names, not requests
         "http://www.w3.org/1999/xlink",
@@ -88,12 +105,12 @@ class Tags(HTMLParser):
             assert self.open.pop() == tag
 
 
-def test_the_markup_closes_what_it_opens_and_no_id_is_used_twice(run):
+def test_the_markup_closes_what_it_opens_and_no_id_is_used_twice(whole_page):
     tags = Tags()
-    tags.feed(page.html(run))
+    tags.feed(whole_page)
     assert tags.open == []
     assert len(set(tags.ids)) == len(tags.ids)
-    assert {"probes", "corpora", "stores", "students"} <= set(tags.ids)
+    assert {"probes", "certainty", "finetuned", "corpora", "stores", "students"} <= set(tags.ids)
 
 
 def test_names_from_outside_are_text_and_never_markup(own):
@@ -323,7 +340,9 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: the page is not opened")
 def test_a_browser_finds_the_table_and_has_nothing_to_complain_about(run, tmp_path):
-    (tmp_path / "index.html").write_text(page.html(run), encoding="utf-8")
+    tone = (8000 * np.sin(np.arange(16_000) / 5)).astype(np.int16)
+    heard = worst_errors(run, lambda _: tone, LISTEN)
+    (tmp_path / "index.html").write_text(page.html(run, heard), encoding="utf-8")
     shown = subprocess.run(
         [
             str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -400,136 +419,3 @@ def test_a_run_of_phone_recognition_alone_still_makes_a_page(with_phones):
     assert "mean over frames" not in sections.protocol(run)
     assert page.html(run)
     assert tables.markdown(run)
-
-
-def with_similarity(own, key="0", teacher="hubert") -> dict[str, Path]:
-    """The same run, whose teacher's layers were compared."""
-    matrix = [[1.0, 0.9, 0.2], [0.9, 1.0, 0.3], [0.2, 0.3, 1.0]]
-    described = {
-        "teacher": teacher,
-        "settings": {"measure": "cka"},
-        "frames": 500,
-        "layers": [0, 2, 5],
-        "matrix": matrix,
-    }
-    folder = own["probes"].parent / "similarity"
-    real = json.loads((own["receipts"] / "hubert.json").read_text())["key"]
-    write_json(folder / "hubert.json", {"kind": "similarity", "key": real if key == "0" else key, **described})
-    return {**own, "similarity": folder}
-
-
-def test_compared_layers_are_drawn_and_a_page_without_has_no_such_section(run, own):
-    shown = page.html(gather(**with_similarity(own)))
-    assert "Layers of the teachers" in shown
-    assert 'aria-label="Layers of hubert"' in shown
-    assert "<image" not in shown
-    assert "Layers of the teachers" not in page.html(run)
-
-
-def test_layers_of_another_store_are_refused(own):
-    with pytest.raises(StoreError, match=r"hubert.json compares layers of the store other, which no receipt of hubert"):
-        gather(**with_similarity(own, key="other"))
-
-
-SHAPE = {
-    "conv_channels": [8] * 7,
-    "conv_spans": None,
-    "conv_bias": False,
-    "front_norm": "group",
-    "feature_norm": True,
-    "feature_norm_width": None,
-    "feature_scale": False,
-    "projection": True,
-    "normalise": False,
-    "width": 16,
-    "heads": [2, 2],
-    "head_width": 8,
-    "ffn": [32, 32],
-    "position_bias": None,
-    "kept_heads": None,
-    "shares_attention": None,
-    "position_kernel": 4,
-    "position_groups": 2,
-    "pre_norm": False,
-    "dropout": {"features": 0.0, "hidden": 0.0, "attention": 0.0, "activation": 0.0},
-}
-# seven convolutions of 8 channels, a group norm, a norm and a projection to 16; positions; norms; two blocks of attention
-# and 32 units each
-UNPRUNED = (
-    (80 + 4 * 8 * 8 * 3 + 2 * 8 * 8 * 2 + 16 + 16 + 9 * 16)
-    + (4 * 16 * 8 + 4 + 16)
-    + 2 * 16
-    + 2 * (4 * 16 + 4 * (16 * 16 + 16) + 2 * 16 * 32 + 32 + 16)
-)
-
-
-def pruned(own, name="small") -> dict[str, Path]:
-    """The same run, in which one student was pruned to 40 % after 800 of its 1 200 steps, and every target was validated."""
-    folder = own["models"] / name
-    facts = json.loads((folder / "shape.json").read_text())
-    ensemble = {"kind": "groups", "teacher": "hubert"}
-    facts["settings"] |= {"prune": {"sparsity": 0.6}, "shape": SHAPE, "ensemble": ensemble}
-    facts["settings"]["train"]["steps"] = 800
-    write_json(folder / "shape.json", facts)
-    parameters = {"student": round(0.4 * UNPRUNED), "heads": 2048}
-    dev = {"l1": 0.2, "cosine": -0.9, "total": -0.7}
-    write_json(folder / "metrics.json", {"steps": 1200, "dev": dev, "parameters": parameters, "epochs": 1})
-    targets = ["hubert.projection", "hubert.layer-01+layer-02+layer-03", "hubert.layer-10"]
-    head = ["step", "rate", "l1", "cosine", "total", "sparsity", "grad_norm", "dev_l1", "dev_cosine", "dev_total"]
-    lines = [",".join([*head, *(f"dev_{target}" for target in targets)])]
-    for step in range(100, 1201, 100):
-        sparsity = f"{min(0.6, step / 1000):.3f}" if step <= 800 else ""
-        total = f"{-0.6 - step / 12000:.3f}"
-        lines.append(f"{step},0.001,0.2,-0.9,{total},{sparsity},1.0,0.2,-0.9,{total},-0.9,{-step / 2000},-0.5")
-    (folder / "curves.csv").write_text("\n".join(lines) + "\n")
-    return own
-
-
-def test_a_pruned_student_shows_its_phases_and_its_size_before_and_after(own):
-    run = gather(**pruned(own))
-    small = next(student for student in run.students if student.name == "small")
-    assert (small.unpruned, small.pruned_at) == (UNPRUNED, 800)
-    assert [point.sparsity for point in small.curve][6:9] == [0.6, 0.6, None]
-    row = next(line for line in training.losses(run).split("<tr>") if ">small<" in line)
-    sizes = f"{wording.params(UNPRUNED)} → {wording.params(round(0.4 * UNPRUNED))}"
-    assert f">{sizes}<" in row
-    assert ">800 + 400<" in row
-    assert ">hubert (groups)<" in row
-    assert "60.0 % pruned" in figures.svg(figures.curves(run.students), "curves", "")
-    assert "Dashes: where a student was pruned" in page.html(run)
-
-
-def test_the_size_before_pruning_is_that_of_the_encoder():
-    from pipeline.student.encoder import Encoder, count_parameters
-    from pipeline.student.shape import EncoderShape
-
-    assert count_parameters(Encoder(EncoderShape.model_validate(SHAPE))) == UNPRUNED
-
-
-def test_a_pruned_student_without_a_shape_is_refused(own):
-    folder = pruned(own)["models"] / "small"
-    facts = json.loads((folder / "shape.json").read_text())
-    facts["settings"]["shape"]["width"] = "wide"
-    write_json(folder / "shape.json", facts)
-    with pytest.raises(StoreError, match=r"shape.json: settings.shape is no shape .* run `decant distill small` again"):
-        gather(**own)
-
-
-def test_losses_of_single_targets_are_told_by_teacher_and_layer(run, own):
-    table = training.target_losses(gather(**pruned(own)))
-    assert re.findall(r'<th class="num">([^<]+)</th>', table) == ["projection", "1–3", "10"]
-    assert re.findall(r'<td class="num">([^<]+)</td>', table) == ["−0.900", "−0.600", "−0.500"]
-    assert training.target_losses(run) == ""
-    assert 'id="targets"' not in page.html(run)
-
-
-def test_a_page_without_pruning_does_not_speak_of_it(run):
-    assert "Dashes:" not in page.html(run)
-    assert "→ " not in training.losses(run)
-
-
-def test_the_curves_of_a_dozen_students_stand_in_rows_of_three(run):
-    trained = next(student for student in run.students if student.name == "distil")
-    figure = figures.curves([replace(trained, name=f"student-{n:02d}") for n in range(12)])
-    assert {axis.get_subplotspec().get_gridspec().get_geometry() for axis in figure.axes} == {(4, 3)}
-    assert figure.get_size_inches()[1] == pytest.approx(4 * 2.7)

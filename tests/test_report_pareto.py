@@ -92,7 +92,7 @@ def test_the_picture_names_every_model_and_has_the_same_bytes_each_time(run):
     assert one == two
     for name in MODELS:
         assert len(re.findall(f">{name}[ <]", one)) == 3
-    assert "untrained 61 ↓<" in one  # far below the others
+    assert "untrained 61 ▾<" in one  # far below the others
 
 
 def test_an_untrained_student_that_is_a_little_faster_is_not_on_the_frontier(run):
@@ -103,7 +103,7 @@ def test_an_untrained_student_that_is_a_little_faster_is_not_on_the_frontier(run
     faster = replace(run, profile=run.profile.model_copy(update={"models": models}))
     drawn = {text.get_text(): text for text in pareto.plot(faster, pareto.SPEED).axes[0].texts if text.get_text()}
     assert drawn["hubert"].get_fontweight() == "bold"
-    assert drawn["untrained 61 ↓"].get_fontweight() == "normal"
+    assert drawn["untrained 61 ▾"].get_fontweight() == "normal"
 
 
 def test_an_error_rate_is_turned_round_and_its_axis_reads_as_it_is(run):

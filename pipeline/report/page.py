@@ -79,7 +79,7 @@ def _pareto(run: Run) -> list[str]:
     note = (
         '<p class="note" style="margin-top:18px">Better is up, cheaper is left. Squares: teachers; circles: students; wine: '
         "those than which none is both cheaper and better, joined by a line; dashes: the best baseline, which has no weights. "
-        "With an arrow: beyond the panel.</p>"
+        "With a triangle: beyond the panel.</p>"
     )
     return [*parts, note]
 

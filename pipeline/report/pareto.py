@@ -194,7 +194,7 @@ def _names(place: Axes, panel: Panel, on: set[str]) -> None:
     heights = spaced([min(max(level, 0.0), 1.0) for level in levels], gap)
     for point, level, height in zip(named, levels, heights, strict=True):
         outside = not 0 <= level <= 1
-        arrow = "\N{DOWNWARDS ARROW}" if level < 0 else "\N{UPWARDS ARROW}"
+        arrow = "\N{BLACK DOWN-POINTING SMALL TRIANGLE}" if level < 0 else "\N{BLACK UP-POINTING SMALL TRIANGLE}"
         if point is not panel.line and not outside:
             place.annotate(
                 "",
