@@ -1,4 +1,4 @@
-"""Made-up voices for the tests of speaker verification: a manifest, its frames in a store, and all pairs as trials."""
+"""Made-up voices for the tests of speaker verification: a manifest, its frames in a store, all pairs as trials, settings."""
 
 from itertools import combinations
 from typing import NamedTuple
@@ -8,10 +8,33 @@ import numpy as np
 from cache.manifest import Manifest
 from cache.ragged import Store
 from pipeline.corpora.trials import Trial
+from pipeline.tasks.eer import DetectionCost
+from pipeline.tasks.verify import SvParams
 from tests.probe_fixtures import utterance, write_store
 
 SPEAKERS = {"train": 48, "dev": 6, "test": 10}
 L, D, EACH = 3, 12, 5
+PARAMS = SvParams(
+    head_width=32,
+    channels=32,
+    pooled_width=32,
+    embedding=32,
+    scale=30.0,
+    margin=0.2,
+    normalise_layers=False,
+    crop_sec=0.4,
+    speakers_balanced=False,
+    lrs=(1e-5, 1e-2),
+    seeds=(0, 1),
+    steps=120,
+    batch=24,
+    weight_decay=0.01,
+    clip_norm=10.0,
+    validate_every=40,
+    patience=None,
+    list=None,
+    costs=(DetectionCost(p_target=0.05, miss=1, false_alarm=1),),
+)
 
 
 class Voiced(NamedTuple):

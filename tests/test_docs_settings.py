@@ -17,6 +17,7 @@ from pipeline.layers.similarity import SimilarityParams
 from pipeline.layers.targets import Init
 from pipeline.student.encoder import Encoder, count_parameters
 from pipeline.student.shape import EncoderShape
+from pipeline.tasks.verify import SvParams
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -82,3 +83,10 @@ def test_the_shape_that_the_page_on_students_shows_is_the_one_it_names():
     (block,) = blocks("student.md")
     with torch.device("meta"):
         assert count_parameters(Encoder(EncoderShape.model_validate(block["shape"]))) == 18_403_120
+
+
+def test_the_head_that_the_page_on_speaker_verification_shows_is_superbs():
+    (block,) = blocks("speaker-verification.md")
+    params = SvParams.model_validate(block["probes"]["sv"])
+    assert (params.head_width, params.channels, params.pooled_width, params.embedding) == (512, 512, 1500, 512)
+    assert (params.scale, params.margin, params.crop_frames) == (30, 0.4, 400)

@@ -17,7 +17,6 @@ from cache.publish import canonical_json, read_json, write_json
 from cache.receipts import make_receipt
 from pipeline.corpora.trials import write_trials
 from pipeline.tasks import verify as verify_module
-from pipeline.tasks.eer import DetectionCost
 from pipeline.tasks.frames import FrameFeatures
 from pipeline.tasks.labels import TASKS
 from pipeline.tasks.sidebyside import SideBySide
@@ -25,30 +24,9 @@ from pipeline.tasks.verify import SvParams, run_of, verify
 from pipeline.tasks.voicerun import NEVER, beside, cosines, crop, embed, rows_without_end, train, training_batches
 from pipeline.tasks.voices import VoiceSplits, voice_splits
 from pipeline.tasks.voicescore import SvScore
-from tests.sv_fixtures import Voiced, voices
+from tests.sv_fixtures import PARAMS, Voiced, voices
 
 CPU = torch.device("cpu")
-PARAMS = SvParams(
-    head_width=32,
-    channels=32,
-    pooled_width=32,
-    embedding=32,
-    scale=30.0,
-    margin=0.2,
-    normalise_layers=False,
-    crop_sec=0.4,
-    speakers_balanced=False,
-    lrs=(1e-5, 1e-2),
-    seeds=(0, 1),
-    steps=120,
-    batch=24,
-    weight_decay=0.01,
-    clip_norm=10.0,
-    validate_every=40,
-    patience=None,
-    list=None,
-    costs=(DetectionCost(p_target=0.05, miss=1, false_alarm=1),),
-)
 
 
 @pytest.fixture(scope="module")
