@@ -1,5 +1,6 @@
 """The language model against hand-worked numbers, the beam search against all alignments there are."""
 
+from importlib.util import find_spec
 from itertools import groupby, product
 
 import numpy as np
@@ -11,6 +12,7 @@ from pipeline.tasks.beam import ArpaFile, Beam, BeamParams, TrainTexts, Weights,
 from pipeline.tasks.characters import Alphabet
 from pipeline.tasks.kneserney import BEGIN, END, UNKNOWN, arpa, estimate
 
+needs_beam = pytest.mark.skipif(find_spec("flashlight") is None, reason="the extra beam is not installed")
 TEXTS = ("THE CAT SAT", "THE DOG SAT ON THE CAT", "A DOG", "THE DOG RAN", "ON A CAT THE DOG SAT")
 ALPHABET = Alphabet(tuple(" ABCDEGHNORST"))
 TINY = Alphabet(tuple(" AB"))
@@ -53,6 +55,7 @@ def test_probabilities_of_all_words_sum_to_one_after_every_context(order):
         assert sum(model.probability(context, word) for word in words) == pytest.approx(1), context
 
 
+@needs_beam
 @pytest.mark.parametrize("order", [2, 3, 6])
 def test_kenlm_reads_what_was_estimated(order):
     model, read = estimate(TEXTS, order), beam(order=order)
@@ -78,6 +81,7 @@ def exhaustive(log_probs: np.ndarray, search: Beam, weights: Weights) -> tuple[s
     return text, score
 
 
+@needs_beam
 @pytest.mark.parametrize("weights", [Weights(0.0, 0.0), Weights(1.0, 0.0), Weights(2.0, -1.0), Weights(0.5, 1.5)])
 def test_a_wide_beam_finds_the_best_of_all_alignments(weights):
     rng, search, texts = np.random.default_rng(0), beam(TINY_TEXTS, TINY, order=2), set()
@@ -99,6 +103,7 @@ def spoken(text: str, alphabet: Alphabet, sure: float) -> np.ndarray:
     return np.log(probabilities).astype(np.float32)
 
 
+@needs_beam
 def test_clear_speech_of_known_words_is_heard_and_the_model_decides_what_is_not_clear():
     search = beam(width=50)
     assert search.answers([spoken("THE DOG SAT", ALPHABET, 0.99)], Weights(1.0, 0.0)) == ["THE DOG SAT"]
@@ -107,6 +112,7 @@ def test_clear_speech_of_known_words_is_heard_and_the_model_decides_what_is_not_
     assert "ZEBRA" not in search.words
 
 
+@needs_beam
 def test_a_model_from_a_file_is_the_same_model_and_lower_case_is_upper_case(tmp_path):
     path = tmp_path / "lm.arpa"
     path.write_text(arpa(estimate([text.lower() for text in TEXTS], 3)))
@@ -117,6 +123,7 @@ def test_a_model_from_a_file_is_the_same_model_and_lower_case_is_upper_case(tmp_
     assert read.answers(frames, Weights(1.5, 0.5)) == beam(width=50).answers(frames, Weights(1.5, 0.5))
 
 
+@needs_beam
 def test_words_that_cannot_be_spelled_are_not_in_the_lexicon(tmp_path):
     assert "CAT" not in beam(alphabet=Alphabet(tuple(" ADEGHNORST"))).words
     with pytest.raises(DataError, match="none of its 7 words is made of the characters of the task"):
