@@ -1,9 +1,12 @@
 """What a fine-tuning is made of: loss weights, rates by depth, heads, and models to begin with."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from pydantic import ValidationError
 
 from cache.errors import StoreError
@@ -11,7 +14,7 @@ from cache.publish import write_json
 from pipeline.finetune.learner import Learner
 from pipeline.finetune.model import KeywordHead, Model, SpeakerHead
 from pipeline.finetune.rates import make_optimizer, set_rates
-from pipeline.finetune.settings import Fixed, Uncertainty
+from pipeline.finetune.settings import FinetuneParams, Fixed, Uncertainty
 from pipeline.finetune.start import open_start
 from pipeline.finetune.weights import LossWeights
 from pipeline.padding import frame_mask
@@ -235,3 +238,11 @@ def test_the_update_of_both_tasks_has_the_sum_of_their_gradients():
     assert update.terms["total"] == pytest.approx(0.5 * losses["kws"].item() + 2.0 * losses["sv"].item(), rel=1e-5)
     for (name, ours), theirs in zip(joint.model.named_parameters(), by_hand.model.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_system_of_the_documentation_is_one():
+    page = (Path(__file__).parent.parent / "docs/finetune.md").read_text()
+    (block,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    ((name, shown),) = yaml.safe_load(block)["finetunes"].items()
+    settings = FinetuneParams.model_validate(shown)
+    assert (name, list(settings.tasks.named)) == ("distil-kws-sv", ["kws", "sv"])
