@@ -2,6 +2,7 @@
 
 import csv
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,11 @@ from pipeline.report import finetuned, page, results, tables, wording
 from pipeline.report.gather import gather
 from pipeline.report.settings import ReportParams
 from pipeline.report.superb import OfModel, SuperbParams
+from pipeline.tasks.metrics import Interval
+from pipeline.tasks.score import Miss
+from pipeline.tasks.textscore import AsrScore
+from pipeline.tasks.voicescore import CostScore, SvScore
+from pipeline.tasks.worderrors import TextErrors
 from tests.report_fixtures import MODELS, write_profile, write_run, write_tuned
 
 ROOT = Path(__file__).parent.parent
@@ -153,6 +159,70 @@ def test_a_fine_tuned_encoder_that_was_measured_has_its_own_costs(with_tuned):
 
 def test_a_page_without_fine_tuned_models_has_no_such_table(paths):
     assert 'id="finetuned"' not in page.html(gather(**paths))
+
+
+COMMON = {
+    "higher_is_better": False,
+    "sd": 0.02,
+    "interval": Interval(0.18, 0.25),
+    "chance": 0.5,
+    "majority": 0.5,
+    "lr": 0.001,
+    "lr_at_edge": False,
+    "dev_by_lr": ((0.001, 0.2),),
+    "seeds": (),
+    "layers": ("layer-00", "layer-01"),
+    "layer_weights": (0.4, 0.6),
+    "classes": ("a", "b"),
+    "counts": {"train": 10, "dev": 5, "test": 6},
+}
+
+
+def as_probes_score(mean: float) -> dict[str, AsrScore | SvScore]:
+    errors = TextErrors(2, 1, 1)
+    recognised = AsrScore(
+        **{**COMMON, "metric": "WER", "misses": (Miss(("espeak/0004",), "one two", "on to", 1.0),)},
+        mean=mean,
+        cer=0.085,
+        errors=errors,
+        character_errors=errors,
+        test_words=20,
+        test_characters=99,
+        left_out=0,
+        beam=None,
+    )
+    verified = SvScore(
+        **{**COMMON, "metric": "EER", "misses": (Miss(("espeak/0004", "espeak/0009"), "same", "different", 0.4),)},
+        mean=mean,
+        headline="espeak/test",
+        min_dcf=(CostScore(0.01, 1.0, 1.0, 0.913, None), CostScore(0.05, 1.0, 1.0, 0.6, None)),
+        trials={"dev": 9, "espeak/test": 9},
+        speakers={"train": 5, "dev": 3, "test": 3},
+        lists=(),
+    )
+    return {"asr": recognised, "sv": verified}
+
+
+def test_scores_of_recognition_and_verification_stand_in_every_table(paths):
+    for name, mean in (("hubert", 0.21), ("small", 0.25)):
+        like = read_json(paths["probes"] / f"{name}-kws.json")
+        kept = {key: like[key] for key in ("format", "model", "description", "params")}
+        for task, score in as_probes_score(mean).items():
+            write_json(paths["probes"] / f"{name}-{task}.json", {**kept, "task": task, **asdict(score)})
+    run = gather(**paths)
+    assert run.tasks == ("asr", "kws", "sid", "sv")
+    rows = {(r["model"], r["task"]): r for r in csv.DictReader(tables.scores_csv(run).splitlines())}
+    assert rows["small", "asr"]["cer"] == "0.085"
+    assert rows["small", "sv"]["min_dcf"] == "0.913"
+    table = results.table(run)
+    assert 'title="CER, %: 8.5"' in table
+    assert 'title="minDCF at 0.01: 0.913"' in table
+    scores = rows_of(tables.markdown(run))["hubert (teacher)"][-4:]
+    assert scores == ["**21.0** ± 2.0", "**93.1** ± 0.6", "**87.4** ± 0.6", "**21.0** ± 2.0"]
+    assert run.scores["small", "sv"].misses[0].ids == ("espeak/0004", "espeak/0009")
+    text = page.html(run)
+    assert "the bootstrap’s for EER over test speakers" in text
+    assert "ASV: a linear layer, an x-vector" in text
 
 
 @pytest.mark.parametrize(
