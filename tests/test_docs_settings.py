@@ -17,6 +17,8 @@ from pipeline.layers.similarity import SimilarityParams
 from pipeline.layers.targets import Init
 from pipeline.student.encoder import Encoder, count_parameters
 from pipeline.student.shape import EncoderShape
+from pipeline.tasks.asr import AsrParams
+from pipeline.tasks.blstm import SpeechHead
 from pipeline.tasks.verify import SvParams
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -90,3 +92,14 @@ def test_the_head_that_the_page_on_speaker_verification_shows_is_superbs():
     params = SvParams.model_validate(block["probes"]["sv"])
     assert (params.head_width, params.channels, params.pooled_width, params.embedding) == (512, 512, 1500, 512)
     assert (params.scale, params.margin, params.crop_frames) == (30, 0.4, 400)
+
+
+def test_the_head_that_the_page_on_speech_recognition_shows_is_superbs():
+    (block,) = blocks("asr.md")
+    params = AsrParams.model_validate(block["probes"]["asr"])
+    head = SpeechHead(13, 768, params, 29, torch.Generator())
+    linears = 769 * 1024 + 2049 * 29
+    lstms = sum(2 * 4 * 1024 * (inputs + 1024 + 2) for inputs in (1024, 2048))  # two directions, four gates, two biases
+    assert sum(value.numel() for value in head.parameters()) == 13 + linears + lstms == 42_822_698
+    assert params.dropout == 0.2
+    assert params.beam is not None
