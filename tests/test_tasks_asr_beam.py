@@ -1,5 +1,6 @@
 """The language model against hand-worked numbers, the beam search against all alignments there are."""
 
+import os
 from importlib.util import find_spec
 from itertools import groupby, product
 
@@ -138,6 +139,18 @@ def test_what_is_no_arpa_file_is_refused_by_name(tmp_path, content):
         vocabulary(path)
     with pytest.raises(DataError, match="No such file.*probes.asr.beam.lm.path"):
         vocabulary(tmp_path / "other.arpa")
+
+
+@needs_beam
+def test_an_arpa_file_that_ends_too_early_is_refused_by_name(tmp_path, capfd):
+    path = tmp_path / "lm.arpa"
+    path.write_text(arpa(estimate(TEXTS, 2))[:400])
+    with pytest.raises(DataError, match=r"lm.arpa: KenLM cannot read it \(.+\); correct probes.asr.beam.lm.path"):
+        beam(lm=ArpaFile(kind="arpa", path=str(path)))
+    beam()
+    assert capfd.readouterr().err == "", "KenLM's progress is nobody's business"
+    os.write(2, b"still there")
+    assert capfd.readouterr().err == "still there"
 
 
 def test_without_the_extra_the_way_out_is_named(monkeypatch):

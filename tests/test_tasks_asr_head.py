@@ -62,6 +62,16 @@ def test_an_answer_does_not_depend_on_the_company():
         torch.testing.assert_close(answer, speech(alone(frames, number))[0], rtol=0, atol=1e-6)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_gives_the_same_answers():
+    speech, frames = head(), some_frames()
+    want = speech(frames)
+    on_gpu = speech.to("cuda")(Frames(frames.layers.cuda(), frames.counts), None, None)
+    for answer, row in zip(on_gpu, want, strict=True):
+        torch.testing.assert_close(answer.cpu(), row, rtol=0, atol=1e-4)
+
+
 def test_the_loss_is_that_of_one_utterance_at_a_time():
     log_probs = [rows.detach() for rows in head()(some_frames())]
     spellings = [(1, 2, 2), (3,), (5, 4, 3, 2, 1), (1, 2)]

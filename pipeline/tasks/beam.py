@@ -5,7 +5,9 @@ best alignment of each, log P(characters) + w log10 P(words) + b (number of word
 the model, so a word that it does not have is never answered.
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -90,7 +92,12 @@ class Beam:
                     "give another probes.asr.beam.lm"
                 )
             self._words = dictionary.Dictionary([*spelled, UNKNOWN])
-            self._model = kenlm.KenLM(str(path), self._words)  # it is read here, the file may go
+            try:
+                with quiet():
+                    self._model = kenlm.KenLM(str(path), self._words)  # it is read here, the file may go
+            except RuntimeError as error:
+                reason = str(error).strip().splitlines()[-1]
+                raise DataError(f"{path}: KenLM cannot read it ({reason}); correct probes.asr.beam.lm.path") from None
         self.words = frozenset(word.upper() for word in spelled)
         self.grid = tuple(Weights(lm, word) for lm in params.lm_weights for word in params.word_bonuses)
         self._alphabet, self._width = alphabet, params.width
@@ -139,6 +146,19 @@ class Beam:
         rows = np.ascontiguousarray(log_probs, dtype=np.float32)
         best = decoder.decode(rows.ctypes.data, *rows.shape)[0]
         return " ".join(self._words.get_entry(number).upper() for number in best.words if number >= 0), best.score
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what a library in C++ writes about its progress away from the terminal; what fails is raised."""
+    terminal = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
 
 
 def vocabulary(path: Path) -> list[str]:
