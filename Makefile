@@ -20,11 +20,17 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	uv pip install --quiet --python $(VENV)/bin/python --constraint constraints.txt --editable '.[dvc,embedded,test,lint]'
 	@touch $@
 
+# What of params.yaml the demo makes: `dvc repro` makes the rest, and nothing of this again.
+DEMO_MODELS := logmel hubert robust wavlm wav2vec2 distil ekd-heads
+DEMO_TASKS := pr asr kws sid sv er
+DEMO := similarity $(foreach model,$(DEMO_MODELS),$(foreach task,$(DEMO_TASKS),probe@$(model)-$(task)))
+
 demo: env
-	decant warm dvc repro
+	decant warm dvc repro $(DEMO)
+	decant warm dvc repro --single-item profile report
 	@echo
 	@echo "Done. Open the report: $(CURDIR)/reports/index.html"
-	@echo "Change a student in params.yaml and run 'dvc repro': nothing but that student runs again."
+	@echo "'dvc repro' goes on with the other students of params.yaml; change one there, and nothing but that one runs again."
 
 test: env
 	pytest -n 2 --dist worksteal

@@ -22,6 +22,8 @@ def model_paths(given: Sequence[Path], of: str, params: Path) -> list[Path]:
 def named_models(given: Sequence[str], of: str, params: Path) -> dict[str, Path]:
     """NAME=PATH as they were given, and after them what stands below the key `of`; a later path of a name counts.
 
+    What stands below the key and is not made yet is left out, and named: `make demo` makes some of the models.
+
     Raises:
         SettingsError: no model at all, or one without a name or a path.
     """
@@ -39,7 +41,10 @@ def named_models(given: Sequence[str], of: str, params: Path) -> dict[str, Path]
         for name, settings in below.items():
             if "path" not in settings:
                 raise SettingsError(f"{params}: {of}.{name} has no path; write {{path: FOLDER}}")
-            paths[name] = Path(settings["path"])
+            if Path(settings["path"]).exists():
+                paths[name] = Path(settings["path"])
+            else:
+                print(f"{name}: {settings['path']} is not there yet; left out")
     if not paths:
         raise SettingsError("there is nothing to measure; give --models NAME=PATH, or --of models")
     return paths

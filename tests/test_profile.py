@@ -178,6 +178,14 @@ def test_the_command_measures_the_models_of_the_params_file(project, capsys):
     assert "tiny: " in capsys.readouterr().out
 
 
+def test_a_model_of_the_params_file_that_is_not_made_yet_is_left_out_and_named(project, capsys):
+    with open(project / "params.yaml", "a", encoding="utf-8") as file:
+        file.write("later: {tiny: {path: models/tiny}, big: {path: models/big}}\n")
+    main(out=project / "profile.json", of="later")
+    assert list(json.loads((project / "profile.json").read_text())["models"]) == ["tiny"]
+    assert "big: models/big is not there yet; left out\n" in capsys.readouterr().out
+
+
 def test_models_may_be_given_by_name_and_path(project):
     main(out=project / "profile.json", models=["one=models/tiny"])
     assert list(json.loads((project / "profile.json").read_text())["models"]) == ["one"]
