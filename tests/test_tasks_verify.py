@@ -248,5 +248,8 @@ def test_the_command_asks_for_trials_and_writes_the_same_bytes_each_time(planted
     assert (tmp_path / "one.json").read_bytes() == (tmp_path / "two.json").read_bytes()
     found = read_json(tmp_path / "one.json")
     assert (found["task"], found["metric"], found["headline"]) == ("sv", "EER", "toy/test")
+    (one_list,) = found["lists"]
+    assert (one_list["mean"], one_list["trials"], one_list["min_dcf"]) == (found["mean"], 1225, found["min_dcf"])
+    assert {"p_target", "mean"} <= set(found["min_dcf"][0])
     assert found["params"] == params.model_dump(mode="json")
     assert "hubert on sv: EER" in capsys.readouterr().out

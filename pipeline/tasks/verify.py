@@ -182,7 +182,17 @@ def list_score(asked: Asked, scores: Sequence[Float[np.ndarray, " N"]], costs: S
     )
     interval = speaker_interval(runs, asked.speakers, asked.same)
     mean, sd = metrics.mean_and_sd(tests)
-    return ListScore(asked.name, len(asked), int(asked.same.sum()), voices(asked), mean, sd, interval, found, tests)
+    return ListScore(
+        name=asked.name,
+        trials=len(asked),
+        same=int(asked.same.sum()),
+        speakers=voices(asked),
+        mean=mean,
+        sd=sd,
+        interval=interval,
+        min_dcf=found,
+        tests=tests,
+    )
 
 
 def worst_trials(asked: Asked, scores: Float[np.ndarray, " N"]) -> tuple[Miss, ...]:

@@ -1,13 +1,13 @@
 """What a probe found out about how well a model tells voices apart: facts, written as they stand into the score's JSON."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from pipeline.tasks.metrics import Interval
 from pipeline.tasks.score import Score
 
 
-class CostScore(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class CostScore:
     """The least detection cost at any threshold, over that of listening to nobody: 0 is perfect, 1 useless."""
 
     p_target: float
@@ -18,7 +18,8 @@ class CostScore(NamedTuple):
     sd: float | None
 
 
-class ListScore(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class ListScore:
     """One list of test trials."""
 
     name: str
