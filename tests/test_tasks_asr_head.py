@@ -138,3 +138,24 @@ def test_pieces_of_work_run_beside_each_other_and_come_back_in_order():
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_line_of_work_keeps_its_order_while_others_overtake_it():
+    before, done = torch.get_num_threads(), []
+    torch.set_num_threads(3)
+    try:
+        gate = threading.Event()
+        with SideBySide(CPU) as cores:
+            first = cores.begin([lambda: gate.wait(10) and done.append("a1"), lambda: done.append("b1")])
+            second = cores.begin([lambda: done.append("a2"), lambda: done.append("b2")], after=first)
+            second[1].result(timeout=10)
+            assert done == ["b1", "b2"], "a waits, b need not"
+            gate.set()
+            second[0].result(timeout=10)
+            assert done[2:] == ["a1", "a2"]
+            failed = cores.begin([lambda: 1 / 0])
+            with pytest.raises(ZeroDivisionError):
+                cores.begin([lambda: done.append("never")], after=failed)[0].result(timeout=10)
+    finally:
+        torch.set_num_threads(before)
+    assert len(done) == 4

@@ -5,6 +5,7 @@ them; no run sees another: each ends where it would end alone.
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from functools import partial
 from statistics import fmean
 from typing import NamedTuple
@@ -111,13 +112,16 @@ def train(
         runs.append(Run(head, seed, rate, params, device))
     spelled = [splits.alphabet.spell(text) for text in splits.train.texts]
     order = batches(len(splits.train), params.batch, torch.Generator().manual_seed(params.seeds[0]))
+    begun: list[Future[None]] = []
     for number in range(1, params.steps + 1):
         rows = next(order)
         frames, spellings = features.of([splits.train.ids[row] for row in rows]), [spelled[row] for row in rows]
-        cores.each([partial(run.step, frames, spellings) for run in runs])
+        before, begun = begun, cores.begin([partial(run.step, frames, spellings) for run in runs], after=begun)
+        finish(before)  # two batches are under way at a time, so that no core waits for the slowest run
         if on_step is not None:
             on_step(1.0)
         if number % params.validate_every == 0 or number == params.steps:
+            finish(begun)
             heard = listen(runs, features, splits.dev, splits.alphabet, cores)
             for run, of_run in zip(runs, heard, strict=True):
                 run.judge(number, of_run, splits.dev.texts, splits.alphabet)
@@ -126,6 +130,12 @@ def train(
     for run in runs:
         run.settle()
     return runs
+
+
+def finish(pieces: Sequence[Future[None]]) -> None:
+    """Wait for them."""
+    for piece in pieces:
+        piece.result()
 
 
 def listen(
