@@ -30,7 +30,7 @@ class SideBySide:
 
         So three pieces on two cores take one and a half times as long as one, if there are three more to follow.
         """
-        previous = after or [None] * len(work)
+        previous: Sequence[Future[Result] | None] = after or [None] * len(work)
         return [self._submit(piece, before) for piece, before in zip(work, previous, strict=True)]
 
     def each(self, work: Sequence[Callable[[], Result]]) -> list[Result]:
