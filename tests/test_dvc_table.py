@@ -48,6 +48,9 @@ def small_params():
     groups = {"num_groups": 1, "linkage": "average", "contiguous": True, "leave_out": [0]}
     params["students"]["b"]["ensemble"] = {"kind": "groups", "teacher": "second", "groups": groups, "normalise": None}
     params["models"] = {name: {"path": f"models/{name}"} for name in params["students"]}
+    tuned = params["finetunes"]["distil-kws-sv"]
+    tuned["train"].update(steps=2, validate_every=2, checkpoint_every=2, log_every=1)
+    params["finetunes"] = {"tuned": {**tuned, "starts_from": "models/a", "seeds": [0]}}
     for probe in params["probes"].values():
         probe.update(lrs=[0.01], seeds=[0], steps=4, validate_every=2)
     return params
@@ -119,7 +122,8 @@ class Project:
 
 
 OF_A_TEACHER = ("teacher", "extract", "similarity")
-TASKS = ("pr", "kws", "sid")
+TASKS = ("pr", "asr", "kws", "sid", "sv", "er")
+WHOLE = {"profile", "report"}  # what all models are in
 
 
 def judged(*models):
@@ -143,7 +147,8 @@ def first_run(project, warm):
     params = project.params
     of_teachers = {f"{stage}@{t}" for stage in OF_A_TEACHER for t in params["teachers"]}
     of_students = {f"{stage}@{s}" for stage in ("targets", "distill") for s in params["students"]}
-    assert project.repro(warm) == {"prepare", "report", "means@both"} | of_teachers | of_students | judged("a", "b")
+    every = {"prepare", "means@both", "finetune@tuned"} | WHOLE | of_teachers | of_students | judged("a", "b")
+    assert project.repro(warm) == every
     assert (project.root / "reports" / "index.html").exists()
 
 
@@ -153,7 +158,7 @@ def reruns(project, warm):
 
     # one student's setting, as an experiment
     rerun = project.repro(warm, "exp", "run", "-S", "students.a.train.learning_rate=0.002")
-    assert rerun == {"distill@a", "report"} | judged("a")
+    assert rerun == {"distill@a", "finetune@tuned"} | WHOLE | judged("a")
     assert (
         project.repro(warm) == set()
     )  # the experiment is in the workspace, and DVC's rewriting of params.yaml changed no value
@@ -163,14 +168,14 @@ def reruns(project, warm):
     params["teachers"]["spare"]["source"]["seed"] = 7
     project.write()
     of_teacher = {f"{stage}@spare" for stage in OF_A_TEACHER}
-    assert project.repro(warm) == {"means@both", "targets@a", "targets@b", "report"} | of_teacher
+    assert project.repro(warm) == {"means@both", "targets@a", "targets@b"} | WHOLE | of_teacher
 
     # a teacher in use, from which another one starts
     params["teachers"]["second"]["source"]["seed"] = 8
     project.write()
     rerun = project.repro(warm)
     of_teachers = {f"{stage}@{teacher}" for stage in OF_A_TEACHER for teacher in ("second", "spare")}
-    assert rerun == {"means@both", "targets@a", "targets@b", "distill@b", "report"} | of_teachers | judged("b")
+    assert rerun == {"means@both", "targets@a", "targets@b", "distill@b"} | WHOLE | of_teachers | judged("b")
 
     # how layers are compared: the groups stay, so no student reruns
     params["similarity"]["measure"] = "cosine"
@@ -183,11 +188,16 @@ def reruns(project, warm):
     project.write()
     assert project.repro(warm) == {"probe@a-kws", "probe@b-kws", "report"}
 
+    # a setting of a fine-tuning
+    params["finetunes"]["tuned"]["seeds"] = [3]
+    project.write()
+    assert project.repro(warm) == {"finetune@tuned"} | WHOLE
+
     # a new student
     params["students"]["c"] = {**params["students"]["b"], "seed": 5}
     params["models"]["c"] = {"path": "models/c"}
     project.write()
-    assert project.repro(warm) == {"targets@c", "distill@c", "report"} | judged("c")
+    assert project.repro(warm) == {"targets@c", "distill@c"} | WHOLE | judged("c")
 
     # a receipt whose store is gone: the stage makes the store again and the same receipt, and nothing downstream runs
     receipt = (project.root / "receipts" / "teachers" / "first.json").read_text()
