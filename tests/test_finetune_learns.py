@@ -13,6 +13,7 @@ from cache.publish import read_json
 from cache.receipts import open_receipt
 from pipeline.finetune.model import load_tuned
 from pipeline.padding import pad_waves
+from pipeline.report.products import TunedFile, parsed
 from pipeline.student.checkpoint import load_student
 from pipeline.student.upstream import load_student_upstream
 from tests.finetune_fixtures import LEARNS, draw_trials, make_world, products, relabelled, tune, write_params
@@ -57,6 +58,9 @@ def test_both_tasks_are_learned_and_the_product_is_whole(corpus, learned):
     assert low <= learned["tasks"]["kws"]["mean"] <= high
     assert learned["tasks"]["kws"]["sd"] is None  # of one seed
     assert learned == read_json(corpus.root / "models/learned/metrics.json")
+    in_a_table = parsed(corpus.root / "models/learned/metrics.json", TunedFile)
+    assert in_a_table.tasks["sv"].min_dcf == learned["tasks"]["sv"]["min_dcf"]
+    assert (in_a_table.frozen, in_a_table.starts_from.name) == (False, "start")
     products(corpus, "models/learned")
     rows = list(csv.DictReader((corpus.root / "models/learned/curves.csv").read_text().splitlines()))
     assert {row["seed"] for row in rows} == {"0"}
