@@ -146,7 +146,7 @@ def test_memory_stays_below_the_bound_and_the_store_is_read_for_the_rest(planted
     features, read = features_of(planted, held_bytes=40_000), []
     ids = [u.id for u in planted.manifest]
     original = Store.read_batch
-    monkeypatch.setattr(Store, "read_batch", lambda self, ids, layers: read.extend(ids) or original(self, ids, layers))
+    monkeypatch.setattr(Store, "read_batch", lambda self, ids, *rest: read.extend(ids) or original(self, ids, *rest))
     features.hold(ids)
     held, read[:] = list(read), []
     assert 0 < sum(planted.frames[ids.index(name)].nbytes for name in held) <= 40_000
