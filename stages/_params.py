@@ -73,7 +73,9 @@ def _explain(key: str, model: Any, section: Any, error: Any) -> str:
     elif first["type"] == "missing":
         text = f"{full} is missing; settings have no defaults, write it out"
     else:
-        text = f"{full} is {first['input']!r}: {first['msg'][0].lower() + first['msg'][1:]}"
+        # settings that contradict each other: the message names them, and nobody reads a whole section in one line
+        given = "" if isinstance(first["input"], dict) else f" is {first['input']!r}"
+        text = f"{full}{given}: {first['msg'][0].lower() + first['msg'][1:]}"
     more = error.error_count() - 1
     return " ".join(text.split()) + (f" (and {more} more)" if more else "")
 

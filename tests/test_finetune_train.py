@@ -177,6 +177,14 @@ def test_loggers_are_told_the_rows_of_their_seed(world):
         assert [step for step, _ in told] == [3, 4]
 
 
+def test_settings_that_contradict_each_other_are_told_in_a_line(world):
+    write_params(world, encoder={"frozen_steps": 8})
+    with pytest.raises(
+        SettingsError, match=r"finetunes.tuned: value error, encoder.frozen_steps 8 leaves nothing of the 8"
+    ):
+        tune(world, "models/refused")
+
+
 def test_a_loss_that_is_no_number_changes_no_weight_and_is_told(world):
     write_params(world, train={"head_learning_rate": 1e30, "clip": None, "checkpoint_every": 1})
     with pytest.raises(DecantError, match=r"step \d of seed 1: loss or gradient is not finite .* lower encoder"):
