@@ -21,7 +21,17 @@ from pipeline.tasks.frames import FrameFeatures
 from pipeline.tasks.labels import TASKS
 from pipeline.tasks.sidebyside import SideBySide
 from pipeline.tasks.verify import SvParams, run_of, verify
-from pipeline.tasks.voicerun import NEVER, beside, cosines, crop, embed, rows_without_end, train, training_batches
+from pipeline.tasks.voicerun import (
+    NEVER,
+    beside,
+    cosines,
+    crop,
+    embed,
+    quality_of,
+    rows_without_end,
+    train,
+    training_batches,
+)
 from pipeline.tasks.voices import VoiceSplits, voice_splits
 from pipeline.tasks.voicescore import SvScore
 from tests.sv_fixtures import PARAMS, Voiced, voices
@@ -132,6 +142,20 @@ def test_the_best_checkpoint_on_dev_is_kept_and_not_the_last(shuffled):
     assert one.best_step != 12, "labels are shuffled: the last checkpoint should not be the best on dev"
     alarms, hits, _ = roc_curve(splits.dev.same, again)
     assert brentq(lambda x: 1 - x - interp1d(alarms, hits)(x), 0.0, 1.0) == pytest.approx(one.best.eer, abs=1e-9)
+
+
+def test_lists_of_dev_count_the_same_and_are_not_thrown_together(planted):
+    trials = [t._replace(list="toy/easy") if t.list == "toy/dev" and n % 3 else t for n, t in enumerate(planted.trials)]
+    dev = voice_splits(planted.manifest, TASKS["sv"], trials, "toy/test").dev
+    assert np.bincount(dev.lists).tolist() == [145, 290]  # dev, easy
+    embeddings = np.random.default_rng(0).normal(size=(len(dev.ids), 4))
+    embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
+    scores, found = cosines(embeddings, dev), []
+    for number in (0, 1):
+        alarms, hits, _ = roc_curve(dev.same[dev.lists == number], scores[dev.lists == number])
+        found.append(brentq(lambda x, a=alarms, h=hits: 1 - x - interp1d(a, h)(x), 0.0, 1.0))
+    assert found[0] != found[1]
+    assert quality_of(embeddings, dev).eer == pytest.approx(sum(found) / 2, abs=1e-9)
 
 
 def test_patience_ends_a_run(shuffled):

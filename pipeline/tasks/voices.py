@@ -29,6 +29,8 @@ class Asked:
     same: Bool[np.ndarray, " N"]
     speakers: Int64[np.ndarray, "N 2"]
     """Who says them; numbers that mean nothing but who is who."""
+    lists: Int64[np.ndarray, " N"]
+    """Which list each trial is of, counted from 0 by name: all the same in a test."""
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -43,7 +45,7 @@ class VoiceSplits:
     """The K training speakers, sorted; `train.classes` indexes them."""
     train: Examples
     dev: Asked
-    """All trials of dev together, of whichever list."""
+    """All trials of dev, of whichever list."""
     tests: tuple[Asked, ...]
     """The test trials of each list, by name."""
     headline: int
@@ -101,22 +103,28 @@ def asked_about(manifest: Manifest, name: str, trials: list[Trial], speaker: dic
     """Trials by number.
 
     Raises:
-        DataError: all are of one kind.
+        DataError: all of one list are of one kind.
     """
-    if len({trial.same for trial in trials}) < 2:
-        kind = "one speaker" if trials[0].same else "two speakers"
-        raise DataError(f"all {len(trials)} trials of {name} are of {kind}; an error rate needs trials of both kinds")
+    titles = sorted({trial.list for trial in trials})
+    for title in titles:
+        kinds = [trial.same for trial in trials if trial.list == title]
+        if len(set(kinds)) < 2:
+            kind = "one speaker" if kinds[0] else "two speakers"
+            raise DataError(
+                f"all {len(kinds)} trials of {title} are of {kind}; an error rate needs trials of both kinds"
+            )
     wanted = {utterance for trial in trials for utterance in (trial.first, trial.second)}
     ids = tuple(utterance.id for utterance in manifest if utterance.id in wanted)
     place = {utterance: number for number, utterance in enumerate(ids)}
     voices = {who: number for number, who in enumerate(dict.fromkeys(speaker[utterance] for utterance in ids))}
     pairs = np.array([(place[t.first], place[t.second]) for t in trials])
     return Asked(
-        name,
-        ids,
-        pairs,
-        np.array([trial.same for trial in trials]),
-        np.array([voices[speaker[utterance]] for utterance in ids])[pairs],
+        name=name,
+        ids=ids,
+        pairs=pairs,
+        same=np.array([trial.same for trial in trials]),
+        speakers=np.array([voices[speaker[utterance]] for utterance in ids])[pairs],
+        lists=np.array([titles.index(trial.list) for trial in trials]),
     )
 
 
