@@ -44,7 +44,7 @@ lint: env
 # The table of the README, from the reports of the last run.
 readme: env
 	decant report --manifest data/manifest.jsonl --waves receipts/waves.json --quarantine data/quarantine.json \
-	  --receipts receipts/teachers --features receipts/features --models models --probes reports/probe --similarity reports/similarity --out reports \
+	  --receipts receipts/teachers --features receipts/features --models models --probes reports/probe --similarity reports/similarity --profile reports/profile.json --out reports \
 	  --readme README.md
 
 pins: env
