@@ -11,7 +11,9 @@ app = typer.Typer()
 @app.command()
 def main(
     model: Annotated[str, typer.Argument(help="Name of the model, as in features/MODEL.json.")],
-    task: Annotated[str, typer.Argument(help="pr, asr, kws, sid, sv or er; its settings are probes.TASK of the params file.")],
+    task: Annotated[
+        str, typer.Argument(help="pr, asr, kws, sid, sv or er; its settings are probes.TASK of the params file.")
+    ],
     features: Annotated[Path, typer.Option(help="Receipt of the features of the model.")],
     manifest: Annotated[Path, typer.Option(help="The manifest, for labels and splits.")],
     out: Annotated[Path, typer.Option(help="The score, a JSON file.")],
