@@ -83,9 +83,13 @@ def test_a_task_that_no_teacher_does_better_than_the_zero_is_left_out_and_told()
     assert "pr" in superb_of(["kws", "pr"], equal, MODELS, {"big", "large"}, OURS).left_out
 
 
-def test_a_model_without_a_task_that_counts_has_no_score():
+def test_a_task_that_not_every_model_was_judged_on_is_left_out_and_told():
     fewer = {pair: mean for pair, mean in MEANS.items() if pair != ("small", "pr")}
-    assert set(superb_of(["kws", "pr"], fewer, MODELS, {"big", "large"}, OURS).scores) == {"big", "large", "bad", "mel"}
+    found = superb_of(["kws", "pr"], fewer, MODELS, {"big", "large"}, OURS)
+    assert found.left_out == {"pr": "1 of 5 models have no score"}
+    assert found.scores == pytest.approx({"mel": 0, "big": 1000, "large": 750, "small": 500, "bad": -500})
+    none = superb_of(["pr"], fewer, MODELS, {"big", "large"}, OURS)
+    assert (none.scores, list(none.left_out)) == ({}, ["pr"])
 
 
 def test_without_teachers_there_is_no_thousand():

@@ -1,4 +1,4 @@
-"""Scores of a run in, one number a model out: the SUPERB score, over the tasks that ran.
+"""Scores of a run in, one number a model out: the SUPERB score, over the tasks that every model was judged on.
 
     S(u) = 1000 / |T| * sum_t  1 / |I_t| * sum_{i in I_t}  ( m_i(u) - m_i(zero) ) / ( m_i(thousand) - m_i(zero) )
 
@@ -64,7 +64,7 @@ class Superb:
     left_out: dict[str, str]
     """Task -> why it does not count."""
     scores: dict[str, float]
-    """Model -> score; one without a task that counts has none."""
+    """Model -> score; no model has one where no task counts."""
 
 
 def superb_score(
@@ -85,7 +85,7 @@ def superb_of(
     teachers: Collection[str],
     params: SuperbParams,
 ) -> Superb:
-    """Score every model that has all tasks that count.
+    """Score every model over the tasks that all of them have: scores over different tasks do not compare.
 
     Args:
         tasks: those that ran.
@@ -103,7 +103,7 @@ def superb_of(
             raise SettingsError(
                 f"report.superb.zero.model is '{zero}', which was not probed; choose one of {', '.join(models)}"
             )
-        low = {task: means[zero, task] for task in tasks if (zero, task) in means}
+        low = {task: means[zero, task] for task in tasks if (zero, task) in means}  # of every task that may count
     else:
         low, zero = FBANK, "SUPERB’s FBANK"
     if isinstance(params.thousand, OfBest):
@@ -112,7 +112,10 @@ def superb_of(
         high, thousand = BEST, "the best of SUPERB’s paper"
     points, left_out = dict[str, tuple[float, float]](), dict[str, str]()
     for task in tasks:
-        if task not in low:
+        missing = sum((model, task) not in means for model in models)
+        if missing:
+            left_out[task] = f"{missing} of {len(models)} models have no score"
+        elif task not in low:
             left_out[task] = f"{zero} has no score"
         elif task not in high:
             left_out[task] = f"there is no score of {thousand}"
@@ -121,8 +124,8 @@ def superb_of(
         else:
             points[task] = (low[task], high[task])
     ends = [{task: [pair[end]] for task, pair in points.items()} for end in (0, 1)]
-    own = {model: {task: [means[model, task]] for task in points if (model, task) in means} for model in models}
-    scores = {model: superb_score(row, *ends) for model, row in own.items() if row and len(row) == len(points)}
+    own = {model: {task: [means[model, task]] for task in points} for model in models}
+    scores = {model: superb_score(row, *ends) for model, row in own.items()} if points else {}
     return Superb(zero, thousand, points, left_out, scores)
 
 
