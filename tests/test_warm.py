@@ -29,9 +29,21 @@ def blocked(tmp_path):
     return ["targets", "a", "--receipts", "r", "--init", "i", "--out", "o", "--params", str(tmp_path / "params.yaml")]
 
 
-def start(warm, arguments, **others):
-    command = [str(warm.folder / "decant"), *arguments]
-    return subprocess.Popen(command, env={**ENVIRONMENT, **others}, text=True, stdout=-1, stderr=-1)
+@pytest.fixture
+def start(warm):
+    """Start a command; whatever a test leaves running ends with it."""
+    started = []
+
+    def start(arguments, by=warm, **others):
+        command = [str(by.folder / "decant"), *arguments]
+        started.append(subprocess.Popen(command, env={**ENVIRONMENT, **others}, text=True, stdout=-1, stderr=-1))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+    until(lambda: warm._process.poll() is not None or not forks(warm))
 
 
 def forks(warm):
@@ -61,20 +73,19 @@ def test_a_warm_command_says_what_the_cold_one_says(warm, arguments, tmp_path):
     assert cold.returncode == 0 or cold.stderr
 
 
-def test_a_fork_has_torch_and_no_transformers(warm, blocked):
-    process = start(warm, blocked)
-    until(lambda: forks(warm))
+def test_a_fork_has_torch_and_no_transformers(warm, start, blocked):
+    start(blocked)
+    until(lambda: len(forks(warm)) == 2)  # the command, and the one that waits for it
+    time.sleep(0.5)
     loaded = {Path(mapped.path).name for fork in forks(warm) for mapped in fork.memory_maps()}
     assert "libtorch_cpu.so" in loaded
     assert not any("tokenizers" in name for name in loaded)  # the native half of transformers
-    process.kill()
-    process.communicate()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_signal_to_the_command_ends_the_fork(warm, blocked, number):
-    process = start(warm, blocked)
-    until(lambda: len(forks(warm)) == 2)  # the fork, and the one that waits for it
+def test_a_signal_to_the_command_ends_the_fork(warm, start, blocked, number):
+    process = start(blocked)
+    until(lambda: len(forks(warm)) == 2)
     time.sleep(0.2)
     process.send_signal(number)
     process.communicate(timeout=20)
@@ -82,18 +93,23 @@ def test_a_signal_to_the_command_ends_the_fork(warm, blocked, number):
     until(lambda: not forks(warm))
 
 
-def test_a_command_whose_libraries_would_load_otherwise_runs_cold(warm, blocked):
-    process = start(warm, blocked, OMP_NUM_THREADS="2")
+def test_a_command_whose_libraries_would_load_otherwise_runs_cold(warm, start, blocked):
+    process = start(blocked, OMP_NUM_THREADS="2")
     until(lambda: "stages" in psutil.Process(process.pid).cmdline())  # it became Python itself
     assert not forks(warm)
-    process.kill()
-    process.communicate()
 
 
-def test_without_the_server_commands_run_cold(tmp_path):
-    with Warm(tmp_path / "w", ENVIRONMENT) as warm:
+def test_a_server_ends_beside_a_command_that_goes_on(tmp_path, start, blocked):
+    with Warm(tmp_path / "w", ENVIRONMENT) as other:
+        process = start(blocked, by=other)
+        until(lambda: len(forks(other)) == 2)
+    assert process.poll() is None
+
+
+def test_without_the_server_commands_run_cold(tmp_path, start):
+    with Warm(tmp_path / "w", ENVIRONMENT) as gone:
         pass
-    process = start(warm, ["--help"])
+    process = start(["--help"], by=gone)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     assert "distill" in said
