@@ -154,8 +154,9 @@ def test_a_terminal_that_lacks_a_character_ends_no_stage():
 def test_a_ctrl_c_is_answered_with_one_line_and_its_exit_code(tmp_path):
     (tmp_path / "params.yaml").write_text(f"extract: {EXTRACT}\nkeep: {KEEP}")
     script = (
-        "import os, signal, sys, cache.manifest, stages.__main__ as m\n"
-        "cache.manifest.read_manifest = lambda path: os.kill(os.getpid(), signal.SIGINT)\n"
+        "import os, signal, sys, time, cache.manifest, stages.__main__ as m\n"
+        # it may be another thread that the signal reaches: then this one hears of it a moment later
+        "cache.manifest.read_manifest = lambda path: (os.kill(os.getpid(), signal.SIGINT), time.sleep(30))\n"
         f"sys.argv = ['decant', 'extract', 'x', *{paths(tmp_path)!r}]\n"
         "m.main()\n"
     )

@@ -197,7 +197,7 @@ def test_settings_are_refused_with_their_key_and_the_choices(corpora):
         with pytest.raises(SettingsError, match=message):
             CliRunner().invoke(app, arguments(corpora), catch_exceptions=False)
 
-    refused("prepare.sources.books.*kind.*tape", lambda v: v["sources"]["books"].update(kind="tape"))
+    refused("prepare.sources.books: .*tape.*kind.*table", lambda v: v["sources"]["books"].update(kind="tape"))
     refused("prepare.audio.channels .*'mean', 'first' or 'refuse'", lambda v: v["audio"].update(channels="left"))
     refused("prepare.workers", lambda v: v.update(workers=0))
     refused("prepare.audio.max_sec is missing", lambda v: v["audio"].pop("max_sec"))
