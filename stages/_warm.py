@@ -102,10 +102,8 @@ class Warm:
     def __exit__(self, *error: object) -> None:
         self._process.kill()
         self._process.wait()
-        for pipe in (
-            self._process.stdin,
-            self._process.stdout,
-        ):  # not read to its end: a fork that lives on holds it, too
+        # Not read to their ends: a fork that lives on holds them, too.
+        for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
             pipe.close()
 
