@@ -29,18 +29,9 @@ def corpus(tmp_path_factory):
 
 
 @pytest.fixture
-def world(corpus, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+def world(corpus):
     write_params(corpus)
     return corpus
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from cache.errors import Interrupted
 from tests.finetune_fixtures import make_world, products, stopping_after, tune, write_params
@@ -22,18 +21,9 @@ def corpus(tmp_path_factory):
 
 
 @pytest.fixture
-def world(corpus, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+def world(corpus):
     write_params(corpus)
     return corpus
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 KILLED = """

@@ -23,18 +23,9 @@ def corpus(tmp_path_factory):
 
 
 @pytest.fixture
-def world(corpus, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+def world(corpus):
     write_params(corpus)
     return corpus
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_a_frozen_encoder_stays_bit_for_bit_and_tuned_parts_move(world):
