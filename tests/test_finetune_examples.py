@@ -2,12 +2,15 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from cache.errors import DataError, SettingsError
 from cache.manifest import Manifest, Utterance
 from pipeline.corpora.trials import Trial
 from pipeline.finetune.examples import examples_of
+from pipeline.finetune.judge import error_rates
+from pipeline.tasks.eer import DetectionCost
 from tests.finetune_fixtures import TUNED, params
 
 SPEAKERS = {"train": "abc", "dev": "de", "test": "fg"}
@@ -53,6 +56,18 @@ def test_tasks_are_sorted_into_what_is_learned_and_what_is_judged():
     assert examples.judged("test")["kws"] == [f"{s}{n}" for s in "fg" for n in range(4)]
     assert [asked.name for asked in examples.trials("test")] == ["toy/test", "toy/hard"]
     assert examples.ids(MANIFEST) == [u.id for u in MANIFEST]
+
+
+def test_lists_of_dev_are_judged_one_by_one():
+    """Each list is told apart without an error, though the thresholds of one would fail the other."""
+    others = (Trial("toy/easy", True, "d2", "d3"), Trial("toy/easy", False, "d2", "e3"))
+    (dev,) = examples_of(TASKS, MANIFEST, (*TRIALS, *others)).trials("dev")
+    cost = DetectionCost(p_target=0.5, miss=1.0, false_alarm=1.0)
+    of_list = np.where(dev.lists == dev.lists[0], 0.0, 10.0)
+    assert error_rates(of_list + dev.same, dev, cost) == {"sv_eer": 0, "sv_min_dcf": 0}
+    assert error_rates(of_list - dev.same, dev, cost) == {"sv_eer": 1, "sv_min_dcf": 1}
+    half_wrong = np.where(of_list == 0, dev.same, ~dev.same)
+    assert error_rates(of_list + half_wrong, dev, cost) == {"sv_eer": 0.5, "sv_min_dcf": 0.5}
 
 
 def test_one_task_reads_only_its_own():

@@ -5,6 +5,7 @@ Whole utterances, without crops, noise or masks. An utterance is computed once, 
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from pipeline.distill.world import add_up
 from pipeline.finetune.examples import AllExamples
 from pipeline.finetune.learner import Learner
 from pipeline.ordered import ordered_map
-from pipeline.tasks.eer import Ranked, equal_error, min_dcf
+from pipeline.tasks.eer import DetectionCost, Ranked, equal_error, min_dcf
 from pipeline.tasks.metrics import accuracy
 from pipeline.tasks.voices import Asked
 
@@ -63,9 +64,7 @@ def judge(learner: Learner, reader: BatchReader, examples: AllExamples, split: s
         assert learner.params.tasks.sv is not None
         embeddings = _made(learner, reader, "sv", ids["sv"])
         trial_scores = [cosines(embeddings, ids["sv"], asked) for asked in lists]
-        rates = Ranked(trial_scores[0], lists[0].same).rates()
-        scores["sv_eer"] = equal_error(rates).rate
-        scores["sv_min_dcf"] = min_dcf(rates, learner.params.tasks.sv.cost)
+        scores |= error_rates(trial_scores[0], lists[0], learner.params.tasks.sv.cost)
     return Judged(scores, trial_scores)
 
 
@@ -76,6 +75,15 @@ def cosines(embeddings: Float[Tensor, "U E"], ids: Sequence[str], asked: Asked) 
     first, second = torch.from_numpy(asked.pairs).T
     scores: Float64[np.ndarray, " N"] = (unit[first] * unit[second]).sum(1).numpy()
     return scores
+
+
+def error_rates(scores: Float64[np.ndarray, " N"], asked: Asked, cost: DetectionCost) -> dict[str, float]:
+    """Equal error rate and least detection cost: of several lists, as dev may have, the mean."""
+    rates = [Ranked(scores[of], asked.same[of]).rates() for of in asked.each_list]
+    return {
+        "sv_eer": fmean(equal_error(of_list).rate for of_list in rates),
+        "sv_min_dcf": fmean(min_dcf(of_list, cost) for of_list in rates),
+    }
 
 
 def _made(learner: Learner, reader: BatchReader, task: str, ids: Sequence[str]) -> Float[Tensor, "U _"]:

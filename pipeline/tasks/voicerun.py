@@ -141,14 +141,11 @@ def cosines(embeddings: Float[np.ndarray, "U E"], asked: Asked) -> Float[np.ndar
 
 
 def quality_of(embeddings: Float[np.ndarray, "U E"], dev: Asked) -> Quality:
-    """EER and separation on dev, the mean over its lists; the worst there is where a run has diverged.
-
-    Lists are not thrown together: words of a second and sentences of ten have other thresholds, and no test asks for one.
-    """
+    """EER and separation on dev, the mean over its lists; the worst there is where a run has diverged."""
     scores = cosines(embeddings, dev)
     if not np.isfinite(scores).all():
         return NEVER
-    parts = [(scores[dev.lists == number], dev.same[dev.lists == number]) for number in np.unique(dev.lists)]
+    parts = [(scores[of], dev.same[of]) for of in dev.each_list]
     return Quality(
         fmean(equal_error(Ranked(*part).rates()).rate for part in parts), -fmean(separation(*part) for part in parts)
     )

@@ -35,6 +35,12 @@ class Asked:
     def __len__(self) -> int:
         return len(self.pairs)
 
+    @property
+    def each_list(self) -> list[Bool[np.ndarray, " N"]]:
+        """Of each list, which trials are its own. Words of a second and sentences of ten have other thresholds, and no test
+        asks for one: errors are of a list, never of lists thrown together."""
+        return [self.lists == number for number in np.unique(self.lists)]
+
 
 @dataclass(frozen=True, slots=True)
 class VoiceSplits:
