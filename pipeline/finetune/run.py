@@ -133,13 +133,7 @@ def finetune(
                         *(params, inputs.examples, inputs.pools, reader, place, seed, readers, world),
                         *(stopping, tick, say, logs_of(seed)),
                     )
-                    progress = train(learner, run)
-                    judged = judge(learner, reader, inputs.examples, "test")
-                    step, dev = progress.step, progress.dev or {}
-                    if params.train.publish == "best" and progress.best is not None:
-                        step = int(progress.best["step"])
-                        dev = {name: value for name, value in progress.best.items() if name != "step"}
-                    found = SeedResult(seed, step, dev, judged.scores, judged.trial_scores)
+                    found = _trained(learner, run)
                     if world.leads:
                         save_result(place, learner, found)
                 results.append(found)
@@ -151,6 +145,16 @@ def finetune(
             _publish(out, directory, params, start, inputs, first, metrics)
         wait_for_all(world)
     return metrics
+
+
+def _trained(learner: Learner, run: Run) -> SeedResult:
+    progress = train(learner, run)
+    judged = judge(learner, run.reader, run.examples, "test")
+    step, dev = progress.step, progress.dev or {}
+    if run.params.train.publish == "best" and progress.best is not None:
+        step = int(progress.best["step"])
+        dev = {name: value for name, value in progress.best.items() if name != "step"}
+    return SeedResult(run.seed, step, dev, judged.scores, judged.trial_scores)
 
 
 def _learner(

@@ -68,21 +68,7 @@ def gather(
     folders = [path.parent for path in files(models, "*/shape.json", "student (NAME/shape.json)", "distill")]
     is_tuned = {folder: read_json(folder / "shape.json").get("kind") == "finetuned" for folder in folders}
     students = tuple(_student(folder) for folder in folders if not is_tuned[folder])
-    scores = {}
-    for path in files(probes, "*.json", "score", "probe"):
-        score = parsed(path, ScoreFile)
-        if score.model not in of_models:
-            raise StoreError(
-                f"{path} is a score of '{score.model}', which has no receipt in {features}; "
-                "delete the score, or run `dvc repro` to bring both in step"
-            )
-        made_from, now = score.description.get("store"), of_models[score.model].key
-        if made_from != now:
-            raise StoreError(
-                f"{path} was made from features {made_from} and {features / score.model}.json now describes {now}; "
-                f"run `decant probe {score.model} {score.task}` again (`dvc repro` does)"
-            )
-        scores[score.model, score.task] = score
+    scores = _scores(probes, features, of_models)
     probed = {name for name, _ in scores}
     known = {student.name: student for student in students}
     costs = None if profile is None else _profile(profile, of_models)
@@ -115,6 +101,26 @@ def gather(
             tasks, means, [m.name for m in ordered], {m.name for m in ordered if m.role == "teacher"}, superb
         ),
     )
+
+
+def _scores(probes: Path, features: Path, of_models: dict[str, ReceiptFile]) -> dict[tuple[str, str], ScoreFile]:
+    """Of each model and task, none of them made from other features than are there."""
+    scores = {}
+    for path in files(probes, "*.json", "score", "probe"):
+        score = parsed(path, ScoreFile)
+        if score.model not in of_models:
+            raise StoreError(
+                f"{path} is a score of '{score.model}', which has no receipt in {features}; "
+                "delete the score, or run `dvc repro` to bring both in step"
+            )
+        made_from, now = score.description.get("store"), of_models[score.model].key
+        if made_from != now:
+            raise StoreError(
+                f"{path} was made from features {made_from} and {features / score.model}.json now describes {now}; "
+                f"run `decant probe {score.model} {score.task}` again (`dvc repro` does)"
+            )
+        scores[score.model, score.task] = score
+    return scores
 
 
 def _similarities(folder: Path, receipts: dict[str, ReceiptFile]) -> Iterator[SimilarityFile]:

@@ -7,7 +7,7 @@ batches, and a seed is where its head starts. The test split is looked at once, 
 
 from collections.abc import Callable, Iterator
 from statistics import fmean
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, Field
@@ -47,6 +47,19 @@ class PhoneParams(BaseModel, frozen=True, extra="forbid"):
     """Validations without a better one after which a run is over; null trains for all steps."""
 
 
+class Chosen(NamedTuple):
+    """The learning rate that is best on dev, and the best head of every seed at that rate."""
+
+    lr: float
+    heads: list[ProbeHead]
+    steps: list[int]
+    """After which each was at its best."""
+    devs: list[float]
+    """PER of each, on dev."""
+    dev_by_lr: tuple[tuple[float, float], ...]
+    """PER on dev, the mean over seeds, of every rate."""
+
+
 def recognise(
     features: FrameFeatures,
     splits: SpokenSplits,
@@ -58,6 +71,16 @@ def recognise(
 
     `on_step` hears of every update.
     """
+    return _score(features, splits, params, device, _chosen(features, splits, params, device, on_step))
+
+
+def _chosen(
+    features: FrameFeatures,
+    splits: SpokenSplits,
+    params: PhoneParams,
+    device: torch.device,
+    on_step: Callable[[float], None] | None,
+) -> Chosen:
     num_classes = len(splits.names) + 1
     heads = [
         ProbeHead(
@@ -88,8 +111,19 @@ def recognise(
     by_rate = rates.mean(0).tolist()
     chosen = min(range(len(by_rate)), key=lambda rate: (by_rate[rate], params.lrs[rate]))
 
-    best_heads = [best.head(number, chosen, like=head) for number, head in enumerate(heads)]
-    heard = [of_seed[0] for of_seed in answers(FrameGrid(best_heads, params.lrs[:1], device), features, splits.test)]
+    return Chosen(
+        params.lrs[chosen],
+        [best.head(number, chosen, like=head) for number, head in enumerate(heads)],
+        [int(step) for step in best.step[:, chosen]],
+        [float(rate) for rate in rates[:, chosen]],
+        tuple((lr, round(dev, 6)) for lr, dev in zip(params.lrs, by_rate, strict=True)),
+    )
+
+
+def _score(
+    features: FrameFeatures, splits: SpokenSplits, params: PhoneParams, device: torch.device, chosen: Chosen
+) -> PhoneScore:
+    heard = [of_seed[0] for of_seed in answers(FrameGrid(chosen.heads, [chosen.lr], device), features, splits.test)]
     edits = [
         [metrics.phone_errors(*pair) for pair in zip(splits.test.strings, of_seed, strict=True)] for of_seed in heard
     ]
@@ -99,10 +133,10 @@ def recognise(
     seeds = tuple(
         SeedScore(
             seed=seed,
-            best_step=int(best.step[number, chosen]),
-            dev=round(float(rates[number, chosen]), 6),
+            best_step=chosen.steps[number],
+            dev=round(chosen.devs[number], 6),
             test=tests[number],
-            layer_weights=tuple(round(weight, 6) for weight in best_heads[number].layer_weights.tolist()),
+            layer_weights=tuple(round(weight, 6) for weight in chosen.heads[number].layer_weights.tolist()),
         )
         for number, seed in enumerate(params.seeds)
     )
@@ -115,9 +149,9 @@ def recognise(
         interval=metrics.bootstrap_interval(errors.mean(0), torch.tensor([len(s) for s in splits.test.strings])),
         chance=1.0,
         majority=metrics.phone_error_rate(splits.test.strings, [constant] * len(splits.test)),
-        lr=params.lrs[chosen],
-        lr_at_edge=len(params.lrs) > 1 and params.lrs[chosen] in (min(params.lrs), max(params.lrs)),
-        dev_by_lr=tuple((lr, round(dev, 6)) for lr, dev in zip(params.lrs, by_rate, strict=True)),
+        lr=chosen.lr,
+        lr_at_edge=len(params.lrs) > 1 and chosen.lr in (min(params.lrs), max(params.lrs)),
+        dev_by_lr=chosen.dev_by_lr,
         seeds=seeds,
         layers=features.layers,
         layer_weights=tuple(round(fmean(column), 6) for column in zip(*(s.layer_weights for s in seeds), strict=True)),

@@ -94,32 +94,7 @@ def verify(
 
     `on_step` hears of every update.
     """
-
-    def trained(side: SideBySide, pairs: Sequence[tuple[int, float]]) -> list[VoiceRun]:
-        runs = [run_of(features, splits, params, seed, lr, device) for seed, lr in pairs]
-        generator = torch.Generator().manual_seed(params.seeds[0])
-        batches = training_batches(
-            features, splits.train, params.batch, params.crop_frames, params.speakers_balanced, generator
-        )
-        often = params.validate_every, params.patience
-        train(runs, batches, features, splits.dev, params.steps, *often, side, on_step)
-        return runs
-
-    first, *others = params.seeds
-    features.hold([*splits.dev.ids, *splits.train.ids])
-    with SideBySide(device) as side:
-        if len(params.lrs) == 1:  # nothing to choose
-            sweep = runs = trained(side, [(seed, params.lrs[0]) for seed in params.seeds])
-            tried = [(params.lrs[0], fmean(run.best.eer for run in runs))]
-            refuse_diverged(runs)
-        else:
-            sweep = trained(side, [(first, lr) for lr in params.lrs])
-            tried = [(run.lr, run.best.eer) for run in sweep]
-            refuse_diverged(sweep)
-            chosen = min(sweep, key=lambda run: (run.best, run.lr))
-            runs = [chosen, *trained(side, [(seed, chosen.lr) for seed in others])] if others else [chosen]
-        embeddings = embed(runs, features, splits.test_ids, side)
-
+    runs, tried, embeddings = _trained(features, splits, params, device, on_step)
     lr = runs[0].lr
     place = {name: number for number, name in enumerate(splits.test_ids)}
     scores = [[cosines(of_run[[place[name] for name in t.ids]], t) for of_run in embeddings] for t in splits.tests]
@@ -158,6 +133,41 @@ def verify(
         speakers={"train": len(splits.names), "dev": voices(splits.dev), "test": voices(asked)},
         lists=lists,
     )
+
+
+def _trained(
+    features: FrameFeatures,
+    splits: VoiceSplits,
+    params: SvParams,
+    device: torch.device,
+    on_step: Callable[[float], None] | None,
+) -> tuple[list[VoiceRun], list[tuple[float, float]], list[Float[np.ndarray, "U E"]]]:
+    """A run of every seed at the best rate, the dev EER of every rate, and what each run makes of the test utterances."""
+
+    def trained(side: SideBySide, pairs: Sequence[tuple[int, float]]) -> list[VoiceRun]:
+        runs = [run_of(features, splits, params, seed, lr, device) for seed, lr in pairs]
+        generator = torch.Generator().manual_seed(params.seeds[0])
+        batches = training_batches(
+            features, splits.train, params.batch, params.crop_frames, params.speakers_balanced, generator
+        )
+        often = params.validate_every, params.patience
+        train(runs, batches, features, splits.dev, params.steps, *often, side, on_step)
+        return runs
+
+    first, *others = params.seeds
+    features.hold([*splits.dev.ids, *splits.train.ids])
+    with SideBySide(device) as side:
+        if len(params.lrs) == 1:  # nothing to choose
+            runs = trained(side, [(seed, params.lrs[0]) for seed in params.seeds])
+            tried = [(params.lrs[0], fmean(run.best.eer for run in runs))]
+            refuse_diverged(runs)
+        else:
+            sweep = trained(side, [(first, lr) for lr in params.lrs])
+            tried = [(run.lr, run.best.eer) for run in sweep]
+            refuse_diverged(sweep)
+            chosen = min(sweep, key=lambda run: (run.best, run.lr))
+            runs = [chosen, *trained(side, [(seed, chosen.lr) for seed in others])] if others else [chosen]
+        return runs, tried, embed(runs, features, splits.test_ids, side)
 
 
 def run_of(
