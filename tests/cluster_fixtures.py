@@ -27,8 +27,8 @@ from pipeline.extraction.settings import Calibration, ExtractParams, Fail, Keep
 from pipeline.models import open_models
 from pipeline.student.checkpoint import save_student
 from pipeline.student.encoder import Encoder, initialise
-from pipeline.student.shape import DropoutRates, EncoderShape
 from tests.conftest import TinyCorpus, make_tiny_corpus
+from tests.student_fixtures import TINY, changed
 
 ROOT = Path(__file__).parent.parent
 PRELOAD = ROOT / "tests" / "cluster_preload.py"
@@ -46,28 +46,7 @@ PARAMS = ExtractParams(
     calibration=Calibration(seconds=60, seed=0),
 )
 ALL = Keep(layers="all", select="all")
-SHAPE = EncoderShape(
-    conv_channels=(8, 8, 8, 8, 8, 8, 12),
-    conv_spans=None,
-    conv_bias=False,
-    front_norm="group",
-    feature_norm=True,
-    feature_norm_width=None,
-    feature_scale=False,
-    projection=True,
-    normalise=False,
-    width=24,
-    heads=(3, 3),
-    head_width=8,
-    ffn=(40, 40),
-    position_bias=None,
-    kept_heads=None,
-    shares_attention=None,
-    position_kernel=16,
-    position_groups=4,
-    pre_norm=False,
-    dropout=DropoutRates(features=0.0, hidden=0.0, attention=0.0, activation=0.0),
-)
+SHAPE = changed(TINY, heads=(3, 3), ffn=(40, 40))
 
 
 class Hooks:

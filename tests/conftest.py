@@ -1,6 +1,7 @@
 """What many tests share: a ten-second corpus with its waves in a store, and one thread so that numbers repeat."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +46,21 @@ TINY_HUBERT = {  # sizes of a transformers configuration: odd ones, so that a wr
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The slow ones first, so that no process is left alone with one at the end."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture
+def store_here(tmp_path, monkeypatch) -> None:
+    """Stores go below the folder of this test."""
+    monkeypatch.setenv("DECANT_STORE", str(tmp_path / "store"))
+
+
+@pytest.fixture(scope="module")
+def shared_root(tmp_path_factory) -> Iterator[Path]:
+    """A folder that all tests of a file share, where their stores go."""
+    root: Path = tmp_path_factory.mktemp("shared")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DECANT_STORE", str(root / "store"))
+        yield root
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from pipeline.extract import extract
 from pipeline.extraction.settings import Calibration, ExtractParams, Fail, Keep
 from pipeline.layers.choose import choose_targets
 from pipeline.layers.ensembles import SingleTeacher
-from pipeline.layers.targets import Adopted, Targets
+from pipeline.layers.targets import Adopted, Targets, targets_json
 from pipeline.student.checkpoint import save_student
 from pipeline.student.encoder import Encoder, initialise
 from pipeline.student.shape import EncoderShape
@@ -87,6 +87,16 @@ STUDENT: dict[str, Any] = {
     "seed": 3,
 }
 SAMPLE = Calibration(seconds=60, seed=0)
+PRUNE = {
+    "units": ["conv", "heads", "ffn"],
+    "sparsity": 0.4,
+    "warmup_steps": 2,
+    "gate_lr": 0.02,
+    "lambda_lr": 0.02,
+    "drop": {"conv": 0.01, "heads": 0.01, "ffn": 0.5},
+    "rounding": "size",
+    "final": {"steps": 6, "learning_rate": 0.001, "warmup": 0.1},
+}
 EXTRACT = ExtractParams(
     version=1,
     codec="float16",
@@ -192,6 +202,13 @@ def make_world(root: Path, teacher_seed: int = 0) -> World:
     write_receipt(world, "hubert", teacher_seed)
     write_params(world)
     assert store_path("waves", key) == directory
+    return world
+
+
+def make_world_and_targets(root: Path) -> World:
+    """The same with the targets of the default student."""
+    world = make_world(root)
+    write_json(root / "targets.json", targets_json(targets_of(world)))
     return world
 
 

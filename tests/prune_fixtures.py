@@ -1,40 +1,20 @@
 """Shapes of different sizes in every layer, so that a wrong index shows, and a batch of noise."""
 
-from typing import Any
-
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from pipeline.student.shape import DropoutRates, EncoderShape, PositionBias
+from pipeline.student.shape import PositionBias
+from tests.student_fixtures import TINY, changed
 
-
-def changed(shape: EncoderShape, **changes: Any) -> EncoderShape:
-    """The shape with some fields changed, and checked again."""
-    return EncoderShape.model_validate({**shape.model_dump(), **changes})
-
-
-HUBERT_LIKE = EncoderShape(
+HUBERT_LIKE = changed(
+    TINY,
     conv_channels=(6, 7, 5, 6, 7, 6, 9),
-    conv_bias=False,
-    conv_spans=None,
-    front_norm="group",
-    feature_norm=True,
-    feature_norm_width=None,
-    feature_scale=False,
-    projection=True,
-    normalise=False,
     width=16,
     heads=(4, 3, 2),
     head_width=4,
     ffn=(30, 24, 36),
     position_kernel=8,
-    position_groups=4,
-    position_bias=None,
-    kept_heads=None,
-    shares_attention=None,
-    pre_norm=False,
-    dropout=DropoutRates(features=0.0, hidden=0.0, attention=0.0, activation=0.0),
 )
 WAVLM_LIKE = changed(HUBERT_LIKE, heads=(4, 4, 4), position_bias=PositionBias(buckets=12, max_distance=20, heads=4))
 SHAPES = {

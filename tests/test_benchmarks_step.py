@@ -13,8 +13,6 @@ from pipeline.student.shape import KERNELS, STRIDES
 def bench(tmp_path_factory):
     """The module and a kitchen with two short batches."""
     root: Path = tmp_path_factory.mktemp("step")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
         patch.setenv("DECANT_STORE", str(root / "store"))
@@ -22,7 +20,6 @@ def bench(tmp_path_factory):
 
         size = bench_step.QUICK._replace(batch_seconds=2.5, batches=2)
         yield bench_step, bench_step.Kitchen(size, root, "float32", "cpu")
-    torch.set_num_threads(threads)
 
 
 def trunk(samples, frames, config, blocks):

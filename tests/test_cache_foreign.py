@@ -34,10 +34,7 @@ from tests.foreign_fixtures import (
     wrote,
 )
 
-
-@pytest.fixture(autouse=True)
-def store_here(tmp_path, monkeypatch):
-    monkeypatch.setenv("DECANT_STORE", str(tmp_path / "store"))
+pytestmark = pytest.mark.usefixtures("store_here")
 
 
 @pytest.fixture

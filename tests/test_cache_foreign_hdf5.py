@@ -24,10 +24,7 @@ from tests.foreign_fixtures import (
     refused,
 )
 
-
-@pytest.fixture(autouse=True)
-def store_here(tmp_path, monkeypatch):
-    monkeypatch.setenv("DECANT_STORE", str(tmp_path / "store"))
+pytestmark = pytest.mark.usefixtures("store_here")
 
 
 @pytest.fixture

@@ -16,12 +16,9 @@ from cache.receipts import make_receipt, open_receipt, store_key
 from cache.verify import verify_store
 from tests.cache_fixtures import LAYERS, build, damage, flip, with_receipt
 
+pytestmark = pytest.mark.usefixtures("store_here")
+
 GOLDEN = Path(__file__).parent / "golden" / "store-v1"
-
-
-@pytest.fixture(autouse=True)
-def store_here(tmp_path, monkeypatch):
-    monkeypatch.setenv("DECANT_STORE", str(tmp_path / "store"))
 
 
 @pytest.fixture

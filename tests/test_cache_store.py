@@ -23,12 +23,9 @@ from cache.receipts import make_receipt, open_receipt, store_key, store_path
 from cache.waves import WaveWriter
 from cache.writer import open_writer
 
+pytestmark = pytest.mark.usefixtures("store_here")
+
 LAYERS = ("layer-00", "layer-04")
-
-
-@pytest.fixture(autouse=True)
-def store_here(tmp_path, monkeypatch):
-    monkeypatch.setenv("DECANT_STORE", str(tmp_path / "store"))
 
 
 def header(width=24, codec="float16", chunk=16, shard=256, fingerprint=None):

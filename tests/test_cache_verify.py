@@ -18,13 +18,10 @@ from cache.repair import repair_store
 from cache.verify import verify_store
 from tests.cache_fixtures import FINGERPRINT, LAYERS, SHARD, build, damage, edit, with_receipt
 
+pytestmark = pytest.mark.usefixtures("store_here")
+
 REPO = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden" / "store-v1"
-
-
-@pytest.fixture(autouse=True)
-def store_here(tmp_path, monkeypatch):
-    monkeypatch.setenv("DECANT_STORE", str(tmp_path / "store"))
 
 
 @pytest.fixture

@@ -18,13 +18,10 @@ from cache.writer import open_writer
 from pipeline import codecs as on_device
 from pipeline.calibrate import fit_tables
 
+pytestmark = pytest.mark.usefixtures("store_here")
+
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])]
-
-
-@pytest.fixture(autouse=True)
-def store_here(tmp_path, monkeypatch):
-    monkeypatch.setenv("DECANT_STORE", str(tmp_path / "store"))
 
 
 def speechlike(frames, width, seed=0):

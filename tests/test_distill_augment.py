@@ -2,7 +2,6 @@
 
 import csv
 import pickle
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -44,12 +43,8 @@ EVERYTHING = distortion(reverberation=ROOM, noise=NOISE, gaussian=GAUSSIAN)
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    root = tmp_path_factory.mktemp("world")
-    patch = pytest.MonkeyPatch()
-    patch.setenv("DECANT_STORE", str(root / "store"))
-    yield make_world(root)
-    patch.undo()
+def world(shared_root):
+    return make_world(shared_root)
 
 
 def open_reader(world, distort=None, seed=0, manifest=None):
@@ -282,19 +277,8 @@ def distilled(world, out, augment, readers=1, stop_after=None, said=None):
     waves, init = open_receipt(world.root / "receipts/waves.json"), [world.root / "init/hubert.safetensors"]
     say = (lambda _: None) if said is None else said.append
     folder = world.root / out
-    with single_thread():
-        distil(params, targets, world.manifest, waves, init, folder, "cpu", tick, say, readers)
+    distil(params, targets, world.manifest, waves, init, folder, "cpu", tick, say, readers)
     return {name: (folder / name).read_bytes() for name in ("weights.safetensors", "heads.safetensors", "curves.csv")}
-
-
-@contextmanager
-def single_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def test_a_noisy_student_is_the_same_from_two_readers_and_after_a_stop_and_another_than_a_clean_one(world):

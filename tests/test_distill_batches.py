@@ -124,12 +124,8 @@ def test_an_utterance_longer_than_a_batch_is_refused_with_the_way_out():
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    root = tmp_path_factory.mktemp("world")
-    patch = pytest.MonkeyPatch()
-    patch.setenv("DECANT_STORE", str(root / "store"))
-    yield make_world(root)
-    patch.undo()
+def world(shared_root):
+    return make_world(shared_root)
 
 
 def open_reader(world, manifest=None):

@@ -33,27 +33,15 @@ WEIGHTS = ("heads.safetensors", "weights.safetensors")
 FILES = ("curves.csv", "heads.safetensors", "metrics.json", "weights.safetensors")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    root = tmp_path_factory.mktemp("world")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DECANT_STORE", str(root / "store"))
-        yield make_teachers(root)
+def world(shared_root):
+    return make_teachers(shared_root)
 
 
 @pytest.fixture
 def own_world(tmp_path, monkeypatch):
     """One that a test may change, with hubert and wavlm."""
     monkeypatch.setenv("DECANT_STORE", str(tmp_path / "store"))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     world = make_world(tmp_path)
     run_teacher(world, "wavlm", seed=9)
     return world

@@ -20,11 +20,8 @@ UTTERANCES = (0, 7, 3)
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    root = tmp_path_factory.mktemp("world")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DECANT_STORE", str(root / "store"))
-        yield make_methods(root)
+def world(shared_root):
+    return make_methods(shared_root)
 
 
 class Drawn:

@@ -5,24 +5,17 @@ import json
 import sys
 
 import pytest
-import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cache.errors import SettingsError
-from cache.publish import write_json
 from pipeline.distill.logs import TensorBoard, WeightsAndBiases, open_logs, tagged
-from pipeline.layers.targets import targets_json
-from tests.distill_fixtures import make_world, targets_of, train_student, write_params
+from tests.distill_fixtures import make_world_and_targets, train_student, write_params
 from tests.in_process import decant
 
 
 @pytest.fixture
-def world(tmp_path, monkeypatch):
-    monkeypatch.setenv("DECANT_STORE", str(tmp_path / "store"))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    world = make_world(tmp_path)
-    write_json(tmp_path / "targets.json", targets_json(targets_of(world)))
-    return world
+def world(tmp_path, store_here):
+    return make_world_and_targets(tmp_path)
 
 
 def break_after(step):

@@ -66,8 +66,6 @@ def teacher_of(model, name):
 def world(tmp_path_factory):
     """A corpus, two teachers of transformers, and their float32 and float16 stores."""
     root: Path = tmp_path_factory.mktemp("world")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DECANT_STORE", str(root / "store"))
         world = make_world(root)
@@ -82,7 +80,6 @@ def world(tmp_path_factory):
                 receipt = extract(teacher, world.manifest, waves, params, keep, "cpu", lambda *_, **__: None)
                 write_json(root / codec / f"{name}.json", receipt)
         yield world, teachers
-    torch.set_num_threads(threads)
 
 
 def losses(world, teachers, ensemble, steps, codec="float32", **changes):

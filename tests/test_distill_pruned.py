@@ -3,7 +3,6 @@
 import csv
 
 import pytest
-import torch
 
 from cache.publish import read_json, write_json
 from cache.receipts import open_receipt
@@ -52,14 +51,11 @@ FILES = ("curves.csv", "heads.safetensors", "metrics.json", "shape.json", "weigh
 @pytest.fixture
 def world(tmp_path, monkeypatch):
     monkeypatch.setenv("DECANT_STORE", str(tmp_path / "store"))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     world = make_world(tmp_path)
     write_receipt(world, "hubert", seed=0, layers=tuple(LAYERS))
     write_params(world, **STUDENT, train=TRAIN)
     write_json(world.root / "targets.json", targets_json(targets_of(world)))
-    yield world
-    torch.set_num_threads(threads)
+    return world
 
 
 def targets_of(world):

@@ -4,40 +4,29 @@ import re
 
 import numpy as np
 import pytest
-import torch
 
 from cache.frames import FIELD, HOP, num_frames
-from cache.publish import write_json
 from cache.receipts import open_receipt
 from pipeline.distill.inputs import open_inputs
 from pipeline.distill.plan import Aligned, Full, plan_epoch
 from pipeline.distill.rehearse import longest_of, rehearse
 from pipeline.distill.settings import StudentParams
 from pipeline.distill.world import ALONE
-from pipeline.layers.targets import targets_json
 from stages._params import read_params
-from tests.distill_fixtures import contents, make_world, targets_of, train_student, write_params
+from tests.distill_fixtures import (
+    PRUNE,
+    contents,
+    make_world_and_targets,
+    targets_of,
+    train_student,
+    write_params,
+)
 from tests.in_process import decant
-
-PRUNE = {
-    "units": ["conv", "heads", "ffn"],
-    "sparsity": 0.4,
-    "warmup_steps": 2,
-    "gate_lr": 0.02,
-    "lambda_lr": 0.02,
-    "drop": {"conv": 0.01, "heads": 0.01, "ffn": 0.5},
-    "rounding": "size",
-    "final": {"steps": 6, "learning_rate": 0.001, "warmup": 0.1},
-}
 
 
 @pytest.fixture
-def world(tmp_path, monkeypatch):
-    monkeypatch.setenv("DECANT_STORE", str(tmp_path / "store"))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    world = make_world(tmp_path)
-    write_json(tmp_path / "targets.json", targets_json(targets_of(world)))
-    return world
+def world(tmp_path, store_here):
+    return make_world_and_targets(tmp_path)
 
 
 def rehearsed(world, said):

@@ -16,7 +16,6 @@ TRAIN = {"steps": 14, "validate_every": 2, "checkpoint_every": 3, "learning_rate
 @pytest.fixture
 def world(tmp_path, monkeypatch):
     monkeypatch.setenv("DECANT_STORE", str(tmp_path / "store"))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     return make_world(tmp_path)
 
 

@@ -11,38 +11,30 @@ import torch
 from safetensors.torch import load_file
 
 from cache.errors import DataError, DecantError, Interrupted
-from cache.publish import read_json, write_json
+from cache.publish import read_json
 from cache.receipts import open_receipt
 from pipeline.distill.inputs import open_inputs
 from pipeline.distill.plan import Item, Planned
 from pipeline.distill.settings import StudentParams
 from pipeline.distill.world import ALONE
-from pipeline.layers.targets import targets_json
 from pipeline.padding import INT16_SCALE
 from stages._params import read_params
-from tests.distill_fixtures import contents, make_world, targets_of, train_student, write_params
+from tests.distill_fixtures import (
+    PRUNE,
+    contents,
+    make_world_and_targets,
+    targets_of,
+    train_student,
+    write_params,
+)
 
 NO_DROPOUT = {"dropout": {"features": 0.0, "hidden": 0.0, "attention": 0.0, "activation": 0.0}}
-PRUNE = {
-    "units": ["conv", "heads", "ffn"],
-    "sparsity": 0.4,
-    "warmup_steps": 2,
-    "gate_lr": 0.02,
-    "lambda_lr": 0.02,
-    "drop": {"conv": 0.01, "heads": 0.01, "ffn": 0.5},
-    "rounding": "size",
-    "final": {"steps": 6, "learning_rate": 0.001, "warmup": 0.1},
-}
 STATE = "models/.distil.training.partial"
 
 
 @pytest.fixture
-def world(tmp_path, monkeypatch):
-    monkeypatch.setenv("DECANT_STORE", str(tmp_path / "store"))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    world = make_world(tmp_path)
-    write_json(tmp_path / "targets.json", targets_json(targets_of(world)))
-    return world
+def world(tmp_path, store_here):
+    return make_world_and_targets(tmp_path)
 
 
 def inputs_of(world):

@@ -4,7 +4,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from cache.publish import read_json, write_json
 from cache.receipts import open_receipt
@@ -42,8 +41,6 @@ print("loaded", sorted(loaded - {"pipeline.extraction", "pipeline.extraction.set
 def world(tmp_path_factory):
     """A world where every student was trained beside its teachers, into beside/, and which then lost them."""
     root = tmp_path_factory.mktemp("world")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DECANT_STORE", str(root / "store"))
         world = make_methods(root, **SHORT)
@@ -61,7 +58,6 @@ def world(tmp_path_factory):
         command = [sys.executable, "-c", ALL, *METHODS]
         done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
         yield world, done
-    torch.set_num_threads(threads)
 
 
 def test_all_run_where_transformers_cannot_be_imported_and_ask_for_nothing_of_the_teachers(world):

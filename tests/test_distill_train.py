@@ -15,13 +15,13 @@ from typer.testing import CliRunner
 
 from cache.errors import DataError, DecantError, ResourceError, SettingsError, StoreError
 from cache.process import exclusive
-from cache.publish import read_json, write_json
+from cache.publish import read_json
 from pipeline.layers.targets import targets_json
 from pipeline.student.checkpoint import load_student
 from stages.distill import app
 from tests.distill_fixtures import (
     STOP_BEFORE,
-    make_world,
+    make_world_and_targets,
     relabelled,
     targets_of,
     train_student,
@@ -34,20 +34,8 @@ FILES = ["curves.csv", "heads.safetensors", "metrics.json", "shape.json", "weigh
 
 
 @pytest.fixture
-def world(tmp_path, monkeypatch):
-    monkeypatch.setenv("DECANT_STORE", str(tmp_path / "store"))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    world = make_world(tmp_path)
-    write_json(tmp_path / "targets.json", targets_json(targets_of(world)))
-    return world
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def world(tmp_path, store_here):
+    return make_world_and_targets(tmp_path)
 
 
 def products(world, out="models/distil"):

@@ -12,12 +12,9 @@ from tests.finetune_fixtures import make_world, products, stopping_after, tune, 
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
+def corpus(shared_root):
     """One corpus for all tests: each has an output of its own."""
-    with pytest.MonkeyPatch.context() as patch:
-        root = tmp_path_factory.mktemp("finetune")
-        patch.setenv("DECANT_STORE", str(root / "store"))
-        yield make_world(root)
+    return make_world(shared_root)
 
 
 @pytest.fixture

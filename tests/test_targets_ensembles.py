@@ -20,11 +20,8 @@ from tests.ensemble_fixtures import MIXED, PAIRED, SAMPLE, choose, make_teachers
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    root = tmp_path_factory.mktemp("world")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DECANT_STORE", str(root / "store"))
-        yield make_teachers(root)
+def world(shared_root):
+    return make_teachers(shared_root)
 
 
 @pytest.fixture
