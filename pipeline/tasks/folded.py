@@ -14,7 +14,7 @@ from pipeline.tasks import metrics, misses
 from pipeline.tasks.features import PooledFeatures
 from pipeline.tasks.labels import LabelledSplits, Task
 from pipeline.tasks.probe import ProbeParams, probe
-from pipeline.tasks.score import FoldedScore, FoldScore, ProbeScore, SeedScore
+from pipeline.tasks.score import FoldedScore, FoldScore, ProbeScore, SeedScore, mean_weights
 
 
 def probe_folds(
@@ -41,7 +41,7 @@ def probe_folds(
         dev_by_lr=tuple((lr, round(fmean(dict(score.dev_by_lr)[lr] for score in scores), 6)) for lr in params.lrs),
         seeds=seeds,
         layers=features.layers,
-        layer_weights=_mean_weights([score.layer_weights for score in scores]),
+        layer_weights=mean_weights(scores),
         classes=classes,
         counts={split: counts[split] for split in ("train", "dev", "test")},
         misses=misses.worst(miss for score in scores for miss in score.misses),
@@ -67,12 +67,8 @@ def _seed(parts: list[SeedScore]) -> SeedScore:
         best_step=round(fmean(part.best_step for part in parts)),
         dev=round(fmean(part.dev for part in parts), 6),
         test=fmean(part.test for part in parts),
-        layer_weights=_mean_weights([part.layer_weights for part in parts]),
+        layer_weights=mean_weights(parts),
     )
-
-
-def _mean_weights(weights: list[tuple[float, ...]]) -> tuple[float, ...]:
-    return tuple(round(fmean(column), 6) for column in zip(*weights, strict=True))
 
 
 def _most_chosen(scores: list[ProbeScore]) -> float:

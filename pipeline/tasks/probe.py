@@ -7,7 +7,6 @@ number as about the model. The test split is looked at once, by the chosen heads
 
 from collections import Counter
 from collections.abc import Iterator
-from statistics import fmean
 
 import torch
 from jaxtyping import Int64
@@ -18,7 +17,7 @@ from pipeline.tasks import grid, metrics, misses
 from pipeline.tasks.features import PooledFeatures
 from pipeline.tasks.heads import ProbeHead
 from pipeline.tasks.labels import Examples, LabelledSplits
-from pipeline.tasks.score import Miss, ProbeScore, SeedScore
+from pipeline.tasks.score import Miss, ProbeScore, SeedScore, at_edge, mean_weights
 
 
 class ProbeParams(BaseModel, frozen=True, extra="forbid"):
@@ -80,12 +79,12 @@ def probe(features: PooledFeatures, splits: LabelledSplits, params: ProbeParams,
         for cell in metrics.confusion(answers, truth):
             answered[cell.truth, cell.answer] += cell.times
         scores.append(
-            SeedScore(
-                seed=seed,
-                best_step=int(best.step[number, chosen]),
-                dev=round(float(best.accuracy[number, chosen]), 6),
-                test=metrics.accuracy(answers, truth),
-                layer_weights=tuple(round(weight, 6) for weight in head.layer_weights.tolist()),
+            SeedScore.of(
+                seed,
+                int(best.step[number, chosen]),
+                float(best.accuracy[number, chosen]),
+                metrics.accuracy(answers, truth),
+                head.layer_weights,
             )
         )
     mean, sd = metrics.mean_and_sd([score.test for score in scores])
@@ -98,11 +97,11 @@ def probe(features: PooledFeatures, splits: LabelledSplits, params: ProbeParams,
         chance=splits.chance,
         majority=splits.majority,
         lr=params.lrs[chosen],
-        lr_at_edge=len(params.lrs) > 1 and params.lrs[chosen] in (min(params.lrs), max(params.lrs)),
+        lr_at_edge=at_edge(params.lrs[chosen], params.lrs),
         dev_by_lr=tuple((lr, round(dev, 6)) for lr, (dev, _) in zip(params.lrs, by_rate, strict=True)),
         seeds=tuple(scores),
         layers=features.layers,
-        layer_weights=tuple(round(fmean(column), 6) for column in zip(*(s.layer_weights for s in scores), strict=True)),
+        layer_weights=mean_weights(scores),
         classes=splits.names,
         counts={"train": len(splits.train), "dev": len(splits.dev), "test": len(splits.test)},
         misses=wrong,

@@ -6,7 +6,6 @@ batches, and a seed is where its head starts. The test split is looked at once, 
 """
 
 from collections.abc import Callable, Iterator
-from statistics import fmean
 from typing import Literal, NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from pipeline.tasks.framegrid import FrameGrid
 from pipeline.tasks.frames import AT_ONCE, FrameFeatures
 from pipeline.tasks.heads import ProbeHead
 from pipeline.tasks.phones import PhoneString, Spoken, SpokenSplits
-from pipeline.tasks.score import PhoneScore, SeedScore
+from pipeline.tasks.score import PhoneScore, SeedScore, at_edge, mean_weights
 
 
 class PhoneParams(BaseModel, frozen=True, extra="forbid"):
@@ -131,14 +130,10 @@ def _score(
     tests = (errors.sum(1) / splits.test.num_phones).tolist()
     mean, sd = metrics.mean_and_sd(tests)
     seeds = tuple(
-        SeedScore(
-            seed=seed,
-            best_step=chosen.steps[number],
-            dev=round(chosen.devs[number], 6),
-            test=tests[number],
-            layer_weights=tuple(round(weight, 6) for weight in chosen.heads[number].layer_weights.tolist()),
+        SeedScore.of(seed, step, dev, test, head.layer_weights)
+        for seed, step, dev, test, head in zip(
+            params.seeds, chosen.steps, chosen.devs, tests, chosen.heads, strict=True
         )
-        for number, seed in enumerate(params.seeds)
     )
     constant = splits.constant()
     return PhoneScore(
@@ -150,11 +145,11 @@ def _score(
         chance=1.0,
         majority=metrics.phone_error_rate(splits.test.strings, [constant] * len(splits.test)),
         lr=chosen.lr,
-        lr_at_edge=len(params.lrs) > 1 and chosen.lr in (min(params.lrs), max(params.lrs)),
+        lr_at_edge=at_edge(chosen.lr, params.lrs),
         dev_by_lr=chosen.dev_by_lr,
         seeds=seeds,
         layers=features.layers,
-        layer_weights=tuple(round(fmean(column), 6) for column in zip(*(s.layer_weights for s in seeds), strict=True)),
+        layer_weights=mean_weights(seeds),
         classes=splits.names,
         counts={"train": len(splits.train), "dev": len(splits.dev), "test": len(splits.test)},
         misses=misses.of_strings(splits.test.ids, splits.names, splits.test.strings, heard[0]),

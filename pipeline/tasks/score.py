@@ -1,7 +1,12 @@
 """What a probe found out about one model on one task: facts, written as they stand into the score's JSON."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor
 
 from pipeline.tasks.metrics import Confusion, Interval, PhoneErrors
 
@@ -30,6 +35,21 @@ class SeedScore:
     dev: float
     test: float
     layer_weights: tuple[float, ...]
+
+    @classmethod
+    def of(cls, seed: int, best_step: int, dev: float, test: float, layer_weights: Float[Tensor, " L"]) -> "SeedScore":
+        """With what training made as it is written: six digits."""
+        return cls(seed, best_step, round(dev, 6), test, tuple(round(w, 6) for w in layer_weights.tolist()))
+
+
+def mean_weights(parts: "Iterable[SeedScore | Score]") -> tuple[float, ...]:
+    """Layer weights of all seeds, or folds, together."""
+    return tuple(round(fmean(column), 6) for column in zip(*(part.layer_weights for part in parts), strict=True))
+
+
+def at_edge(lr: float, tried: Sequence[float]) -> bool:
+    """Whether it is the smallest or the largest of several."""
+    return len(tried) > 1 and lr in (min(tried), max(tried))
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ with the others. The test split is looked at once, by the chosen heads.
 """
 
 from collections.abc import Callable, Sequence
-from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from pipeline.tasks.asr import AsrParams
 from pipeline.tasks.beam import Beam
 from pipeline.tasks.characters import Texts, TextSplits, best_constant
 from pipeline.tasks.frames import FrameFeatures
-from pipeline.tasks.score import Miss, SeedScore
+from pipeline.tasks.score import Miss, SeedScore, at_edge, mean_weights
 from pipeline.tasks.sidebyside import SideBySide
 from pipeline.tasks.speechruns import Heard, Run, greedy, listen, train
 from pipeline.tasks.textscore import AsrScore, BeamScore
@@ -48,13 +47,7 @@ def transcribe(
     answers = [greedy(of_seed, splits.alphabet) for of_seed in heard]
     found = error_rates(splits.test, answers)
     seeds = tuple(
-        SeedScore(
-            seed=seed,
-            best_step=run.best_step,
-            dev=round(run.dev, 6),
-            test=test,
-            layer_weights=tuple(round(weight, 6) for weight in run.head.layer_weights.tolist()),
-        )
+        SeedScore.of(seed, run.best_step, run.dev, test, run.head.layer_weights)
         for seed, run, test in zip(params.seeds, runs, found.tests, strict=True)
     )
     return AsrScore(
@@ -66,11 +59,11 @@ def transcribe(
         chance=1.0,
         majority=word_error_rate(splits.test.texts, [best_constant(splits.train.texts)] * len(splits.test)),
         lr=chosen.rate,
-        lr_at_edge=len(params.lrs) > 1 and chosen.rate in (min(params.lrs), max(params.lrs)),
+        lr_at_edge=at_edge(chosen.rate, params.lrs),
         dev_by_lr=tuple((run.rate, round(run.dev, 6)) for run in rates),
         seeds=seeds,
         layers=features.layers,
-        layer_weights=tuple(round(fmean(column), 6) for column in zip(*(s.layer_weights for s in seeds), strict=True)),
+        layer_weights=mean_weights(seeds),
         classes=splits.alphabet.characters,
         counts={"train": len(splits.train), "dev": len(splits.dev), "test": len(splits.test)},
         misses=misses_of(splits.test, answers[0]),

@@ -22,7 +22,7 @@ from pipeline.tasks.eer import DetectionCost, Ranked, equal_error, min_dcf, spea
 from pipeline.tasks.frames import FrameFeatures
 from pipeline.tasks.margin import AmSoftmax
 from pipeline.tasks.misses import worst
-from pipeline.tasks.score import Miss, SeedScore
+from pipeline.tasks.score import Miss, SeedScore, at_edge, mean_weights
 from pipeline.tasks.sidebyside import SideBySide
 from pipeline.tasks.voicerun import VoiceRun, cosines, embed, refuse_diverged, train, training_batches
 from pipeline.tasks.voices import Asked, VoiceSplits
@@ -101,13 +101,7 @@ def verify(
     lists = tuple(list_score(asked, of_list, params.costs) for asked, of_list in zip(splits.tests, scores, strict=True))
     headline, asked = lists[splits.headline], splits.tests[splits.headline]
     seeds = tuple(
-        SeedScore(
-            seed=seed,
-            best_step=run.best_step,
-            dev=round(run.best.eer, 6),
-            test=eer,
-            layer_weights=tuple(round(weight, 6) for weight in run.head.layer_weights.tolist()),
-        )
+        SeedScore.of(seed, run.best_step, run.best.eer, eer, run.head.layer_weights)
         for seed, run, eer in zip(params.seeds, runs, headline.tests, strict=True)
     )
     return SvScore(
@@ -119,11 +113,11 @@ def verify(
         chance=0.5,
         majority=0.5,
         lr=lr,
-        lr_at_edge=len(params.lrs) > 1 and lr in (min(params.lrs), max(params.lrs)),
+        lr_at_edge=at_edge(lr, params.lrs),
         dev_by_lr=tuple((lr, round(dev, 6)) for lr, dev in tried),
         seeds=seeds,
         layers=features.layers,
-        layer_weights=tuple(round(fmean(column), 6) for column in zip(*(s.layer_weights for s in seeds), strict=True)),
+        layer_weights=mean_weights(seeds),
         classes=splits.names,
         counts={"train": len(splits.train), "dev": len(splits.dev.ids), "test": len(asked.ids)},
         misses=worst_trials(asked, scores[splits.headline][0]),
