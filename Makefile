@@ -1,4 +1,4 @@
-# make demo   the environment, the whole pipeline on the embedded corpus, and where to look
+# make demo   the environment, a part of the pipeline on the embedded corpus (`dvc repro`: all), and where to look
 # make test   the environment if need be, and the test suite
 # make lint   formatter, linter, type checker, import contracts
 # make pins   write constraints.txt anew from the environment

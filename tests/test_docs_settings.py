@@ -20,6 +20,7 @@ from pipeline.student.shape import EncoderShape
 from pipeline.tasks.asr import AsrParams
 from pipeline.tasks.blstm import SpeechHead
 from pipeline.tasks.verify import SvParams
+from pipeline.teachers.sources import TeacherParams
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -44,6 +45,21 @@ def test_every_kind_of_corpus_is_documented():
     kinds = {next(iter(block.values()))["kind"] for block in blocks("corpora.md")} | {"espeak"}
     choices = TypeAdapter(Source).json_schema()["discriminator"]["mapping"]
     assert kinds == set(choices)
+
+
+def test_the_teachers_of_the_page_on_them_can_be_set():
+    """As dvc.yaml asks for them: where they start from and what is kept, too."""
+    kinds = []
+    for block in blocks("teachers.md"):
+        for teacher in block["teachers"].values():
+            assert teacher["starts_from"] == "recipes/scratch.json"
+            Keep.model_validate(teacher["keep"])
+            rest = {key: value for key, value in teacher.items() if key not in ("starts_from", "keep")}
+            if "revision" in rest["source"]:
+                assert rest["source"]["revision"] == "<full commit hash>"
+                rest["source"]["revision"] = 40 * "0"
+            kinds.append(TeacherParams.model_validate(rest).source.kind)
+    assert kinds == ["hub", "fairseq"]
 
 
 @pytest.mark.parametrize("page", ["ekd", "skill"])

@@ -73,7 +73,7 @@ def espeak_paths() -> tuple[Path, Path]:
         import espeakng_loader  # the only use; optional
     except ImportError:
         raise SettingsError(
-            'a source of kind espeak needs espeak-ng: pip install "decant[embedded]", or choose another kind of source'
+            'a source of kind espeak needs espeak-ng: `uv pip install --editable ".[embedded]"`, or choose another kind of source'
         ) from None
     library, data = Path(espeakng_loader.get_library_path()), Path(espeakng_loader.get_data_path())
     if len(os.fsencode(data)) > MAX_DATA_PATH:

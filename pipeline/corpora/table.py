@@ -298,7 +298,7 @@ def parquet_rows(file: Path, wanted: dict[str, str]) -> Iterator[tuple[str, Row]
         from pyarrow import parquet
     except ImportError:
         raise SettingsError(
-            f"{file} needs pyarrow to be read; install it with: pip install 'decant[parquet]'"
+            f"{file} needs pyarrow to be read; install it with: uv pip install --editable '.[parquet]'"
         ) from None
     try:
         with parquet.ParquetFile(file) as table:
