@@ -108,5 +108,6 @@ def _open(protocol: str) -> Any:
         return fsspec.filesystem(protocol, skip_instance_cache=True)
     except (ImportError, ValueError) as error:
         raise SettingsError(
-            f"{protocol}:// cannot be read here ({error}); `uv pip install --editable '.[remote]'`, and s3fs, gcsfs or adlfs for a bucket"
+            f"{protocol}:// cannot be read here ({error}); `uv pip install --editable '.[remote]'`, "
+            "and s3fs, gcsfs or adlfs for a bucket"
         ) from error
