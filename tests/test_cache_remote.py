@@ -474,7 +474,7 @@ def test_names_of_places_keep_their_slashes():
 
 
 def test_a_protocol_that_nothing_here_reads_is_named():
-    with pytest.raises(SettingsError, match=r"gopher:// cannot be read here .*pip install 'decant\[remote\]'"):
+    with pytest.raises(SettingsError, match=r"gopher:// cannot be read here .*pip install --editable '.\[remote\]'"):
         Store("gopher://host/store")
 
 
@@ -482,7 +482,7 @@ def test_without_aiohttp_the_extra_is_named(monkeypatch):
     for name in [m for m in sys.modules if m.partition(".")[0] == "aiohttp" or m == "cache.webranges"]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(cache.ranges, "_opened", {})
-    with pytest.raises(SettingsError, match=r"http:// cannot be read here .*pip install 'decant\[remote\]'"):
+    with pytest.raises(SettingsError, match=r"http:// cannot be read here .*pip install --editable '.\[remote\]'"):
         Store("http://127.0.0.1:9/x")
 
 

@@ -312,7 +312,7 @@ def test_settings_that_cannot_be_obeyed_are_refused_before_a_word_is_said():
 
 def test_without_espeak_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "espeakng_loader", None)
-    with pytest.raises(SettingsError, match=r'pip install "decant\[embedded\]"'):
+    with pytest.raises(SettingsError, match=r'pip install --editable "\.\[embedded\]"'):
         next(espeak_items("speech", PARAMS, workers=1))
 
 

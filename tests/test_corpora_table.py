@@ -201,7 +201,7 @@ def test_parquet_without_pyarrow_says_how_to_get_it(root, monkeypatch):
     (root / "labels.parquet").touch()
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(
-        SettingsError, match=r"needs pyarrow to be read; install it with: pip install 'decant\[parquet\]'"
+        SettingsError, match=r"needs pyarrow to be read; install it with: uv pip install --editable '\.\[parquet\]'"
     ):
         items(root, table="labels.parquet")
 
