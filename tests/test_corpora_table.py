@@ -197,6 +197,17 @@ def test_tasks_without_their_label_are_refused(root):
         items(root, columns={"speaker": None}, split={"kind": "speakers", "held_back": {"dev": 0.1, "test": 0.1}})
 
 
+def test_folds_of_a_task_need_its_label_too(root):
+    folds = {"er-1": BY_SET, "er-2": BY_SET}
+    assert [i.tasks for i in items(root, tasks=folds)] == [
+        {"er-1": "train", "er-2": "train"},
+        {},  # no mood
+        {"er-1": "test", "er-2": "test"},
+    ]
+    with pytest.raises(SettingsError, match=r"sources.t.tasks.er-1 needs columns.emotion, which is null"):
+        items(root, columns={"emotion": None}, tasks=folds)
+
+
 def test_parquet_without_pyarrow_says_how_to_get_it(root, monkeypatch):
     (root / "labels.parquet").touch()
     monkeypatch.setitem(sys.modules, "pyarrow", None)

@@ -19,6 +19,7 @@ from pipeline.corpora.folder import audio_at, corpus_root, path_in
 from pipeline.corpora.item import Item
 from pipeline.corpora.lists import check_relative, list_file
 from pipeline.corpora.splits import Fractions, split_alone
+from pipeline.tasks.labels import whole_task
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 Row = dict[str, str]
@@ -138,8 +139,9 @@ def check(corpus: str, params: TableParams) -> None:
     for task, splits in {"": params.split, **params.tasks}.items():
         if isinstance(splits, BySpeaker) and params.columns.speaker is None:
             raise SettingsError(f"{setting}: splits by speakers need columns.speaker, which is null")
-        if task in NEEDED and getattr(params.columns, NEEDED[task]) is None:
-            raise SettingsError(f"{setting}.tasks.{task} needs columns.{NEEDED[task]}, which is null")
+        label = NEEDED.get(whole_task(task))
+        if label is not None and getattr(params.columns, label) is None:
+            raise SettingsError(f"{setting}.tasks.{task} needs columns.{label}, which is null")
     if params.people is not None and params.columns.speaker is None:
         raise SettingsError(f"{setting}.people needs columns.speaker, which is null")
 
@@ -181,7 +183,8 @@ def item_of(corpus: str, root: Path, where: str, row: Row, params: TableParams) 
         return None
     tasks = {}
     for task, splits in params.tasks.items():
-        if task not in NEEDED or cell(getattr(columns, NEEDED[task])) is not None:
+        label = NEEDED.get(whole_task(task))
+        if label is None or cell(getattr(columns, label)) is not None:
             there = split_of(where, splits, row, name, speaker)
             if there is not None:
                 tasks[task] = there
