@@ -91,7 +91,7 @@ def test_rows_are_utterances_with_the_labels_of_the_columns_that_are_named(root)
     assert (first.id, first.path, first.audio, first.part) == ("t/a/1", "a/1.wav", root / "a/1.wav", None)
     assert (first.speaker, first.text, first.emotion, first.split) == ("A", "HELLO, THERE", "happy", "train")
     assert first.tasks == {"er": "train"}
-    assert (second.id, second.part, second.split, second.tasks) == ("t/a/2@0.5", Part(0.5, 1.0, None), "dev", {})
+    assert (second.id, second.part, second.split, second.tasks) == ("t/a/2@0.5-1", Part(0.5, 1.0, None), "dev", {})
     assert (third.id, third.part, third.text, third.tasks) == ("t/a/2@1", Part(1.0, None, None), None, {"er": "test"})
 
 
@@ -125,6 +125,25 @@ def test_an_id_may_be_a_column(root):
     rows = [{**row, "age": f"u{n}"} for n, row in enumerate(ROWS)]
     write_csv(root / "labels.csv", rows)
     assert [i.id for i in items(root, columns={"id": "age"})] == ["t/u0", "t/u1", "t/u2"]
+
+
+def test_segments_of_one_file_that_differ_have_ids_that_differ(root):
+    times = [("3725.118", "3726"), ("3725.124", "3726"), ("3725.124", "3727.5"), ("3725.124", ""), ("", "7"), ("", "")]
+    write_csv(root / "labels.csv", [{**ROWS[0], "from": start, "to": end} for start, end in times])
+    assert [i.id for i in items(root)] == [
+        "t/a/1@3725.118-3726",
+        "t/a/1@3725.124-3726",
+        "t/a/1@3725.124-3727.5",
+        "t/a/1@3725.124",
+        "t/a/1@0-7",
+        "t/a/1",
+    ]
+
+
+def test_a_segment_is_named_by_its_times_and_not_by_how_they_are_written(root):
+    rows = [{**ROWS[0], "from": start, "to": end} for start, end in (("1", "2.50"), ("1.000", "2.5"), ("1e0", "25e-1"))]
+    write_csv(root / "labels.csv", rows)
+    assert {i.id for i in items(root)} == {"t/a/1@1-2.5"}
 
 
 def test_links_that_leave_are_quarantined(root, tmp_path_factory):

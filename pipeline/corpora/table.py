@@ -31,7 +31,7 @@ class Columns(BaseModel, frozen=True, extra="forbid"):
     path: str
     """The file, relative to the root."""
     id: str | None
-    """Unique; null makes it of the path, and of the start where rows are parts of files."""
+    """Unique; null makes it of the path, and of the times where rows are parts of files: calls/1@0.5-2.25."""
     speaker: str | None
     text: str | None
     keyword: str | None
@@ -170,11 +170,7 @@ def item_of(corpus: str, root: Path, where: str, row: Row, params: TableParams) 
     file = root / check_relative(source, where)
     path = path_in(root, file)
     part = part_of(where, cell(columns.start_sec), cell(columns.end_sec))
-    name = (
-        cell(columns.id)
-        if columns.id is not None
-        else path.rsplit(".", 1)[0] + (f"@{part.start_sec:g}" if part else "")
-    )
+    name = cell(columns.id) if columns.id is not None else path.rsplit(".", 1)[0] + times_of(part)
     if name is None:
         raise DataError(f"{where}: the column {columns.id!r} is empty; every row needs an id")
     speaker = cell(columns.speaker)
@@ -250,6 +246,14 @@ def part_of(where: str, start: str | None, end: str | None) -> Part | None:
     if not 0 <= part.start_sec < (math.inf if part.end_sec is None else part.end_sec) or part.end_sec == math.inf:
         raise DataError(f"{where}: a part from {start} to {end} s has no samples; mend the row")
     return part
+
+
+def times_of(part: Part | None) -> str:
+    """What tells the parts of a file apart in their ids: each time in as many digits as it needs, the end where it is known."""
+    if part is None:
+        return ""
+    times = (part.start_sec,) if part.end_sec is None else (part.start_sec, part.end_sec)
+    return "@" + "-".join(repr(time).removesuffix(".0") for time in times)
 
 
 def rows_of(root: Path, corpus: str, params: TableParams) -> Iterator[tuple[str, Row]]:
