@@ -70,6 +70,17 @@ def test_lists_of_dev_are_judged_one_by_one():
     assert error_rates(of_list + half_wrong, dev, cost) == {"sv_eer": 0.5, "sv_min_dcf": 0.5}
 
 
+@pytest.mark.parametrize(("learns", "asks"), [("kws", "sv"), ("sv", "kws")])
+def test_what_one_task_asks_the_other_does_not_train_on(learns, asks):
+    """Each task alone is clean: its own splits have no voice in common."""
+    moved = [replace(u, tasks={**u.tasks, learns: "train" if u.speaker == "f" else u.tasks[learns]}) for u in MANIFEST]
+    told = rf"f0 is in train of '{learns}' and has the same \w+ as f0, which is in test of '{asks}'.*both"
+    with pytest.raises(DataError, match=told):
+        examples_of(TASKS, Manifest(tuple(moved)), TRIALS)
+    alone = TASKS.model_copy(update={"sv": None})
+    assert examples_of(alone, Manifest(tuple(moved)), None).sv is None
+
+
 def test_one_task_reads_only_its_own():
     kws = TASKS.model_copy(update={"sv": None})
     examples = examples_of(kws, MANIFEST, None)

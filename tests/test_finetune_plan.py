@@ -8,7 +8,7 @@ import pytest
 
 from cache.errors import SettingsError
 from cache.frames import num_frames
-from pipeline.finetune.plan import Place, Pool, batches_from, plan_epoch
+from pipeline.finetune.plan import Place, Pool, batches_from, check_sizes, plan_epoch
 from pipeline.finetune.settings import KeywordParams
 
 SECONDS = np.random.default_rng(0).uniform(0.3, 2.0, size=60)
@@ -84,7 +84,23 @@ def test_from_any_place_the_same_batches_follow():
 
 def test_an_utterance_longer_than_a_batch_is_refused_with_the_way_out():
     with pytest.raises(
-        SettingsError, match=r"tasks\.kws\.batch_seconds is 1 but an utterance has 2\.00 s.*crop_seconds"
+        SettingsError, match=r"tasks\.kws\.batch_seconds is 1 but an utterance has 1\.995 s.*crop_seconds"
     ):
-        plan_epoch(pool(batch=1.0), 0, 0)
+        check_sizes(pool(batch=1.0))
+    check_sizes(pool(batch=1.0, crop=0.5))
     assert len(plan_epoch(pool(batch=1.0, crop=0.5), 0, 0)) > 10
+
+
+def test_one_that_the_first_epoch_does_not_draw_is_looked_at_too():
+    balanced = pool(balanced=True, batch=2.5)
+    undrawn = np.setdiff1d(np.arange(100, 160), plan_epoch(balanced, 0, 0).utterances)
+    balanced.samples[undrawn[0] - 100] = 3 * 16_000
+    with pytest.raises(SettingsError, match=r"an utterance has 3\.000 s"):
+        check_sizes(balanced)
+
+
+def test_an_utterance_just_too_short_to_be_cropped_can_be_too_long_for_a_batch():
+    edge = pool(crop=1.0, batch=1.0)
+    edge.samples[0] = 16_040  # as many frames as a crop of a second
+    with pytest.raises(SettingsError, match=r"an utterance has 1\.00\d s.*crop_seconds \(1\) smaller"):
+        check_sizes(edge)

@@ -267,6 +267,12 @@ def test_a_diverged_learning_rate_is_not_chosen_and_leaves_clean_json(planted):
     json.loads(canonical_json(asdict(score)))
 
 
+def test_where_every_learning_rate_diverges_there_is_no_score(planted):
+    """A head of no numbers answers the first class each time, which is right for its share."""
+    with pytest.raises(SettingsError, match=r"probes\.kws diverged at every learning rate \(1e\+30\).*smaller"):
+        run(planted, PARAMS.model_copy(update={"lrs": (1e30,), "clip_norm": None}))
+
+
 def test_the_command_writes_the_same_bytes_each_time_and_says_what_it_probed(planted, tmp_path, monkeypatch, capsys):
     from stages.probe import main
 

@@ -13,7 +13,7 @@ from cache.publish import digest_json
 from pipeline.corpora.trials import Trial
 from pipeline.finetune.settings import Tasks
 from pipeline.tasks.labels import Examples, LabelledSplits, labelled_splits, task_named
-from pipeline.tasks.leaks import check
+from pipeline.tasks.leaks import check, check_together
 from pipeline.tasks.voices import Asked, VoiceSplits, voice_splits
 
 
@@ -91,6 +91,7 @@ def examples_of(tasks: Tasks, manifest: Manifest, trials: Sequence[Trial] | None
     """
     for name in tasks.named:
         check(manifest, task_named(name))
+    check_together(manifest, list(tasks.named))
     keywords = None if tasks.kws is None else labelled_splits(manifest, task_named("kws"))
     if tasks.sv is None:
         return AllExamples(keywords, None)

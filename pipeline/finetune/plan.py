@@ -63,12 +63,31 @@ class Epoch:
         ]
 
 
-def plan_epoch(pool: Pool, seed: int, epoch: int) -> Epoch:
-    """Batches of at most `batch_seconds` of padded audio, each as full as it can be.
+def check_sizes(pool: Pool) -> None:
+    """Look whether every utterance fits into a batch, drawn or not.
 
     Raises:
-        SettingsError: an utterance alone is longer than a batch.
+        SettingsError: one alone is longer than a batch.
     """
+    cropped = frames_of(pool.samples) > _limit(pool)
+    sizes = np.where(cropped, (_limit(pool) - 1) * HOP + FIELD, pool.samples)
+    if int(sizes.max()) > int(pool.params.batch_seconds * RATE_HZ):
+        crop = pool.params.crop_seconds
+        raise SettingsError(
+            f"tasks.{pool.name}.batch_seconds is {pool.params.batch_seconds:g} but an utterance has "
+            f"{sizes.max() / RATE_HZ:.3f} s; make batches larger, or "
+            f"{'set crop_seconds' if crop is None else f'crop_seconds ({crop:g}) smaller'}"
+        )
+
+
+def _limit(pool: Pool) -> int:
+    """Frames that are left of a longer utterance."""
+    crop = pool.params.crop_seconds
+    return int(frames_of(pool.samples).max()) if crop is None else num_frames(int(crop * RATE_HZ))
+
+
+def plan_epoch(pool: Pool, seed: int, epoch: int) -> Epoch:
+    """Batches of at most `batch_seconds` of padded audio, each as full as it can be, of a pool that was `check_sizes`-ed."""
     generator = np.random.default_rng([seed, epoch])
     params, count = pool.params, len(pool.utterances)
     if params.class_balanced:
@@ -77,17 +96,11 @@ def plan_epoch(pool: Pool, seed: int, epoch: int) -> Epoch:
     else:
         drawn = generator.permutation(count)
     samples = pool.samples[drawn]
-    frames = frames_of(samples)
-    limit = int(frames.max()) if params.crop_seconds is None else num_frames(int(params.crop_seconds * RATE_HZ))
+    frames, limit = frames_of(samples), _limit(pool)
     is_cropped = frames > limit
     starts = (generator.random(count) * (np.maximum(frames - limit, 0) + 1)).astype(np.int64)
     sizes = np.where(is_cropped, (limit - 1) * HOP + FIELD, samples)
     budget = int(params.batch_seconds * RATE_HZ)
-    if int(sizes.max()) > budget:
-        raise SettingsError(
-            f"tasks.{pool.name}.batch_seconds is {params.batch_seconds:g} but an utterance has {sizes.max() / RATE_HZ:.2f} s; "
-            "make batches larger, or set crop_seconds"
-        )
     ends = np.append(cut(sizes, np.arange(count, dtype=np.int32), budget), count).astype(np.int64)
     return Epoch(pool.utterances[drawn], is_cropped, starts, limit, ends)
 

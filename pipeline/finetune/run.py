@@ -28,7 +28,7 @@ from pipeline.finetune.examples import AllExamples, examples_of
 from pipeline.finetune.judge import judge
 from pipeline.finetune.learner import Learner
 from pipeline.finetune.loop import Run, train
-from pipeline.finetune.plan import Pool, plan_epoch
+from pipeline.finetune.plan import Pool, check_sizes
 from pipeline.finetune.results import SeedResult, find_result, metrics_of, save_result
 from pipeline.finetune.settings import FinetuneParams
 from pipeline.finetune.start import Start
@@ -58,7 +58,7 @@ def open_inputs(params: FinetuneParams, start: Start, manifest: Manifest, trials
         utterances = np.array([number_of[name] for name in labelled.ids], dtype=np.int64)
         classes = np.array(labelled.classes, dtype=np.int64)
         pools[task] = Pool(task, params.tasks.named[task], utterances, read.samples[utterances], classes)
-        plan_epoch(pools[task], 0, 0)  # refuses what does not fit into a batch
+        check_sizes(pools[task])
     facts = {
         "settings": params.model_dump(mode="json", exclude={"starts_from", "seeds"}),
         "start": start.digest,

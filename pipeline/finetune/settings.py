@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field, model_validator
 
 from pipeline.distill.augment import AugmentParams
+from pipeline.seeds import Seeds
 from pipeline.student.shape import DropoutRates
 from pipeline.tasks.eer import DetectionCost
 
@@ -165,14 +166,12 @@ class FinetuneParams(BaseModel, frozen=True, extra="forbid"):
     augment: AugmentParams | None
     """Noise and masks in training batches, as students have them; null: none."""
     train: TrainParams
-    seeds: tuple[int, ...] = Field(min_length=1)
+    seeds: Seeds
     """Each is a training of its own: heads, order, crops, dropout. Scores are their mean; the encoder that is published is the
     first one's."""
 
     @model_validator(mode="after")
     def _fits(self) -> "FinetuneParams":
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError("seeds has one of them twice, which would be the same training; name each once")
         if isinstance(self.loss_weights, Fixed):
             for name in ("kws", "sv"):
                 weight = getattr(self.loss_weights, name)

@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from pipeline.seeds import Seeds
 from pipeline.tasks.beam import BeamParams
 from pipeline.tasks.blstm import BlstmParams
 from pipeline.tasks.masking import MaskParams
@@ -22,7 +23,7 @@ class AsrParams(BlstmParams, frozen=True, extra="forbid"):
     """SpecAugment on the weighted sum, while the head trains; SUPERB has it."""
     lrs: tuple[float, ...] = Field(min_length=1)
     """Learning rates to try with the first seed; the best on dev is trained with the others. SUPERB's default: 0.0001."""
-    seeds: tuple[int, ...] = Field(min_length=1)
+    seeds: Seeds
     """Each seed starts the head and its dropout; the order of the examples is drawn from the first. The score is their mean."""
     steps: int = Field(ge=1)
     """Updates of every run; SUPERB: 200 000."""

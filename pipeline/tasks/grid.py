@@ -92,7 +92,8 @@ class HeadGrid(Runs):
             target = true.expand(answers.shape[:-1])
             right = right + (answers.argmax(-1) == target).float().sum(-1)
             loss = loss + _cross_entropy(answers, target) * len(some)
-        return RunScores(right / len(means), loss / len(means))
+        accuracy = (right / len(means)).where(loss.isfinite(), -torch.inf)  # no numbers at all have a largest one, too
+        return RunScores(accuracy, loss / len(means))
 
 
 class BestHeads(NamedTuple):

@@ -15,7 +15,7 @@ label, and `decant prepare` says how many.
 What is not known cannot be compared: without a speaker, or without words, only the samples are.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -98,19 +98,29 @@ def leaks_of(manifest: Manifest, name: str) -> Iterator[Leak]:
 
 def heard_of(manifest: Manifest, names: Iterable[str]) -> Iterator[Leak]:
     """What pretraining and distillation learn from that these tasks hold back: at most one leak an utterance, in order."""
+    held = _held_back(manifest, [name for name in names if whole_task(name) != "sid"])
+    for utterance in manifest.select(split="train"):
+        if (found := _found(utterance, held)) is not None:
+            kept, trait = found
+            yield Leak(PRETRAINING, kept, utterance, ("held back", "train"), trait.name)
+
+
+def _held_back(manifest: Manifest, names: Iterable[str]) -> dict[Trait, dict[object, Utterance]]:
+    """Of dev and test of all these tasks, the samples and, where a task wants unheard voices, the persons."""
     held: dict[Trait, dict[object, Utterance]] = {SAMPLES: {}, PERSON: {}}
     for name in names:
-        if (whole := whole_task(name)) == "sid":
-            continue
         back = [u for u in manifest if u.tasks.get(name) in ("dev", "test")]
-        for trait in (SAMPLES, PERSON) if PERSON in APART.get(whole, ()) else (SAMPLES,):
+        for trait in (SAMPLES, PERSON) if PERSON in APART.get(whole_task(name), ()) else (SAMPLES,):
             held[trait] = _latest(back, trait, lambda u: "test") | held[trait]
-    for utterance in manifest.select(split="train"):
-        for trait, keepers in held.items():
-            kept = keepers.get(trait.of(utterance))
-            if kept is not None:
-                yield Leak(PRETRAINING, kept, utterance, ("held back", "train"), trait.name)
-                break
+    return held
+
+
+def _found(utterance: Utterance, held: dict[Trait, dict[object, Utterance]]) -> tuple[Utterance, Trait] | None:
+    for trait, keepers in held.items():
+        kept = keepers.get(trait.of(utterance))
+        if kept is not None:
+            return kept, trait
+    return None
 
 
 def _latest(rows: Iterable[Utterance], trait: Trait, side: Callable[[Utterance], str]) -> dict[object, Utterance]:
@@ -183,6 +193,29 @@ def check(manifest: Manifest, task: Task) -> None:
             _refuse(leak)
     for leak in heard_of(manifest, names):
         _refuse(leak)
+
+
+def check_together(manifest: Manifest, names: Sequence[str]) -> None:
+    """Refuse tasks that are to train one model where one learns from what another asks.
+
+    Args:
+        manifest: all utterances; each task alone is checked.
+        names: of the tasks, none in folds.
+
+    Raises:
+        DataError: with two utterances and the way out.
+    """
+    for asks in names:
+        held = _held_back(manifest, [asks])
+        for learns in (name for name in names if name != asks):
+            for utterance in (u for u in manifest if u.tasks.get(learns) == "train"):
+                if (found := _found(utterance, held)) is not None:
+                    kept, trait = found
+                    raise DataError(
+                        f"{utterance.id} is in train of '{learns}' and has the same {trait.name} as {kept.id}, which is in "
+                        f"{kept.tasks[asks]} of '{asks}': a model that learns both tasks would know it; give both the same "
+                        "splits by speaker in the corpus' settings, or learn one task alone"
+                    )
 
 
 def _refuse(leak: Leak) -> None:

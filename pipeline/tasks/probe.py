@@ -13,11 +13,12 @@ from jaxtyping import Int64
 from pydantic import BaseModel, Field
 from torch import Tensor
 
+from pipeline.seeds import Seeds
 from pipeline.tasks import grid, metrics, misses
 from pipeline.tasks.features import PooledFeatures
 from pipeline.tasks.heads import ProbeHead
-from pipeline.tasks.labels import Examples, LabelledSplits
-from pipeline.tasks.score import Miss, ProbeScore, SeedScore, at_edge, mean_weights
+from pipeline.tasks.labels import Examples, LabelledSplits, whole_task
+from pipeline.tasks.score import Miss, ProbeScore, SeedScore, at_edge, mean_weights, refuse_diverged
 
 
 class ProbeParams(BaseModel, frozen=True, extra="forbid"):
@@ -29,7 +30,7 @@ class ProbeParams(BaseModel, frozen=True, extra="forbid"):
     """LayerNorm without affine over every frame of every layer before the sum; SUPERB: false."""
     lrs: tuple[float, ...] = Field(min_length=1)
     """Learning rates to try; the best on the dev split, averaged over seeds, is used."""
-    seeds: tuple[int, ...] = Field(min_length=1)
+    seeds: Seeds
     """Each seed starts the head and orders the examples; the score is their mean."""
     steps: int = Field(ge=1)
     """Updates of every run."""
@@ -61,8 +62,11 @@ def probe(features: PooledFeatures, splits: LabelledSplits, params: ProbeParams,
         params.clip_norm,
         params.patience,
     )
+    refuse_diverged(whole_task(splits.task.name), best.step.flatten().tolist(), params.lrs)
     losses = best.loss.nan_to_num(torch.inf)  # a run that diverged
-    by_rate = list(zip(best.accuracy.double().mean(0).tolist(), losses.double().mean(0).tolist(), strict=True))
+    by_rate = list(
+        zip(best.accuracy.clamp(min=0).double().mean(0).tolist(), losses.double().mean(0).tolist(), strict=True)
+    )
     # ties are common on a small dev split: the lower cross entropy wins, then the smaller learning rate
     chosen = min(range(len(by_rate)), key=lambda rate: (-by_rate[rate][0], by_rate[rate][1], params.lrs[rate]))
 
@@ -82,7 +86,7 @@ def probe(features: PooledFeatures, splits: LabelledSplits, params: ProbeParams,
             SeedScore.of(
                 seed,
                 int(best.step[number, chosen]),
-                float(best.accuracy[number, chosen]),
+                float(best.accuracy[number, chosen].clamp(min=0)),
                 metrics.accuracy(answers, truth),
                 head.layer_weights,
             )

@@ -11,12 +11,13 @@ from typing import Literal, NamedTuple
 import torch
 from pydantic import BaseModel, Field
 
+from pipeline.seeds import Seeds
 from pipeline.tasks import grid, metrics, misses
 from pipeline.tasks.framegrid import FrameGrid
 from pipeline.tasks.frames import AT_ONCE, FrameFeatures
 from pipeline.tasks.heads import ProbeHead
 from pipeline.tasks.phones import PhoneString, Spoken, SpokenSplits
-from pipeline.tasks.score import PhoneScore, SeedScore, at_edge, mean_weights
+from pipeline.tasks.score import PhoneScore, SeedScore, at_edge, mean_weights, refuse_diverged
 
 
 class PhoneParams(BaseModel, frozen=True, extra="forbid"):
@@ -32,7 +33,7 @@ class PhoneParams(BaseModel, frozen=True, extra="forbid"):
     """Phones of dev and test that no training utterance has: refuse them, or count each as an error, as they are."""
     lrs: tuple[float, ...] = Field(min_length=1)
     """Learning rates to try; the best on the dev split, averaged over seeds, is used. SUPERB's default: 0.01."""
-    seeds: tuple[int, ...] = Field(min_length=1)
+    seeds: Seeds
     """Each seed starts the head; the order of the examples is drawn from the first. The score is their mean."""
     steps: int = Field(ge=1)
     """Updates of every run; SUPERB: 100 000."""
@@ -106,6 +107,7 @@ def _chosen(
         return grid.RunScores(accuracy.where(kept, -torch.inf), torch.zeros_like(accuracy).where(kept, torch.inf))
 
     best = grid.keep_best(runs, step, on_dev, params.steps, params.validate_every, params.patience)
+    refuse_diverged("pr", best.step.flatten().tolist(), params.lrs)
     rates = (1 - best.accuracy.double()).nan_to_num(posinf=1.0)  # a run that diverged says nothing
     by_rate = rates.mean(0).tolist()
     chosen = min(range(len(by_rate)), key=lambda rate: (by_rate[rate], params.lrs[rate]))

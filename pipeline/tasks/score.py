@@ -8,6 +8,7 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
+from cache.errors import SettingsError
 from pipeline.tasks.metrics import Confusion, Interval, PhoneErrors
 
 MISSES = 8
@@ -50,6 +51,24 @@ def mean_weights(parts: "Iterable[SeedScore | Score]") -> tuple[float, ...]:
 def at_edge(lr: float, tried: Sequence[float]) -> bool:
     """Whether it is the smallest or the largest of several."""
     return len(tried) > 1 and lr in (min(tried), max(tried))
+
+
+def refuse_diverged(task: str, best_steps: Iterable[int], tried: Sequence[float]) -> None:
+    """A sweep needs one head that came through.
+
+    Args:
+        task: as in `probes`.
+        best_steps: of every run, 0 where no look at dev found it better than where it began: finite.
+        tried: learning rates.
+
+    Raises:
+        SettingsError: none did.
+    """
+    if not any(best_steps):
+        rates = ", ".join(f"{lr:g}" for lr in tried)
+        raise SettingsError(
+            f"probes.{task} diverged at every learning rate ({rates}); try smaller ones: probes.{task}.lrs"
+        )
 
 
 @dataclass(frozen=True, slots=True)

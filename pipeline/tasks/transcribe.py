@@ -15,7 +15,7 @@ from pipeline.tasks.asr import AsrParams
 from pipeline.tasks.beam import Beam
 from pipeline.tasks.characters import Texts, TextSplits, best_constant
 from pipeline.tasks.frames import FrameFeatures
-from pipeline.tasks.score import Miss, SeedScore, at_edge, mean_weights
+from pipeline.tasks.score import Miss, SeedScore, at_edge, mean_weights, refuse_diverged
 from pipeline.tasks.sidebyside import SideBySide
 from pipeline.tasks.speechruns import Heard, Run, greedy, listen, train
 from pipeline.tasks.textscore import AsrScore, BeamScore
@@ -38,6 +38,7 @@ def transcribe(
     first, *more = params.seeds
     with SideBySide(device) as cores:
         rates = train(features, splits, params, [(first, rate) for rate in params.lrs], device, cores, on_step)
+        refuse_diverged("asr", (run.best_step for run in rates), params.lrs)
         chosen = min(rates, key=lambda run: run.rank)
         others = [(seed, chosen.rate) for seed in more]
         runs = [chosen, *(train(features, splits, params, others, device, cores, on_step) if others else [])]

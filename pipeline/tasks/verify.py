@@ -17,14 +17,15 @@ from jaxtyping import Float
 from pydantic import BaseModel, Field
 
 from cache.frames import HOP, RATE_HZ
+from pipeline.seeds import Seeds
 from pipeline.tasks import metrics
 from pipeline.tasks.eer import DetectionCost, Ranked, equal_error, min_dcf, speaker_interval
 from pipeline.tasks.frames import FrameFeatures
 from pipeline.tasks.margin import AmSoftmax
 from pipeline.tasks.misses import worst
-from pipeline.tasks.score import Miss, SeedScore, at_edge, mean_weights
+from pipeline.tasks.score import Miss, SeedScore, at_edge, mean_weights, refuse_diverged
 from pipeline.tasks.sidebyside import SideBySide
-from pipeline.tasks.voicerun import VoiceRun, cosines, embed, refuse_diverged, train, training_batches
+from pipeline.tasks.voicerun import VoiceRun, cosines, embed, train, training_batches
 from pipeline.tasks.voices import Asked, VoiceSplits
 from pipeline.tasks.voicescore import CostScore, ListScore, SvScore
 from pipeline.tasks.xvector import VoiceHead
@@ -53,7 +54,7 @@ class SvParams(BaseModel, frozen=True, extra="forbid"):
     """Draw every training speaker equally often; SUPERB: false."""
     lrs: tuple[float, ...] = Field(min_length=1)
     """Learning rates to try with the first seed; the best on dev is used for all. SUPERB's default: 0.0001."""
-    seeds: tuple[int, ...] = Field(min_length=1)
+    seeds: Seeds
     """Each seed starts the head; order and crops of the examples are drawn from the first. The score is their mean."""
     steps: int = Field(ge=1)
     """Updates of every run; SUPERB: 200 000."""
@@ -154,11 +155,11 @@ def _trained(
         if len(params.lrs) == 1:  # nothing to choose
             runs = trained(side, [(seed, params.lrs[0]) for seed in params.seeds])
             tried = [(params.lrs[0], fmean(run.best.eer for run in runs))]
-            refuse_diverged(runs)
+            refuse_diverged("sv", (run.best_step for run in runs), params.lrs)
         else:
             sweep = trained(side, [(first, lr) for lr in params.lrs])
             tried = [(run.lr, run.best.eer) for run in sweep]
-            refuse_diverged(sweep)
+            refuse_diverged("sv", (run.best_step for run in sweep), params.lrs)
             chosen = min(sweep, key=lambda run: (run.best, run.lr))
             runs = [chosen, *trained(side, [(seed, chosen.lr) for seed in others])] if others else [chosen]
         return runs, tried, embed(runs, features, splits.test_ids, side)

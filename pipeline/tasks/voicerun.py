@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from cache.errors import SettingsError
 from cache.frames import FrameSpan
 from pipeline.tasks.eer import Ranked, equal_error, separation
 from pipeline.tasks.frames import AT_ONCE, FrameFeatures, Frames
@@ -196,16 +195,3 @@ def beside(frames: Frames) -> Voices:
     for number, part in enumerate(frames.layers.split(frames.counts, dim=1)):
         layers[:, number, : part.shape[1]] = part
     return Voices(layers, torch.tensor(frames.counts, device=layers.device))
-
-
-def refuse_diverged(runs: Sequence[VoiceRun]) -> None:
-    """A sweep needs one run that came through.
-
-    Raises:
-        SettingsError: none did.
-    """
-    if all(run.best == NEVER for run in runs):
-        rates = ", ".join(f"{run.lr:g}" for run in runs)
-        raise SettingsError(
-            f"speaker verification diverged at every learning rate ({rates}); try smaller ones: probes.sv.lrs"
-        )
