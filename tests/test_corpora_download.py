@@ -67,6 +67,12 @@ def test_only_subsets_that_are_missing_are_fetched_and_nothing_else_is_left(monk
     assert len(asked) == 1
 
 
+def test_a_corpus_that_is_whole_may_be_in_a_folder_of_any_name(tmp_path):
+    for subset in ("dev-clean", "test-clean"):
+        (tmp_path / "books" / subset).mkdir(parents=True)
+    assert download("b", books(tmp_path / "books")) == []
+
+
 @pytest.mark.parametrize(
     ("error", "kind", "message"),
     [

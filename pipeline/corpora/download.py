@@ -37,8 +37,9 @@ def download(corpus: str, source: Source) -> list[Path]:
             from torchaudio.datasets import LIBRISPEECH
 
             assert root is not None
-            check_name(corpus, root, ("LibriSpeech",))
             missing = [root / subset for subset in source.subsets if not (root / subset).is_dir()]
+            if missing:
+                check_name(corpus, root, ("LibriSpeech",))
             for place in missing:
                 fetch(place, f"LibriSpeech/{place.name}", partial(LIBRISPEECH, url=place.name, download=True))
             return missing
