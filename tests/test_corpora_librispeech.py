@@ -108,6 +108,12 @@ def test_what_does_not_fit_is_quarantined_by_name(root):
     }
 
 
+def test_an_utterance_in_two_formats_is_refused(root):
+    soundfile.write(root / "train-clean-100" / "19" / "198" / "19-198-0002.wav", np.zeros(1_600), 16_000)
+    with pytest.raises(DataError, match=r"19-198-0002 is there twice: .*0002\.flac and .*0002\.wav; remove one"):
+        list(librispeech_items("ls", params(root)))
+
+
 def test_a_name_that_is_not_text_is_quarantined(root):
     chapter = root / "test-clean" / "1089" / "134686"
     (chapter / "1089-134686-0000.flac").rename(os.fsdecode(os.fsencode(chapter) + b"/1089-134686-\xff.flac"))

@@ -73,6 +73,26 @@ def test_identification_knows_every_speaker_in_every_split_as_the_list_says(root
     assert len(items) == 20
 
 
+@pytest.mark.parametrize("suffix", [".flac", ".WAV", ".ogg"])
+def test_recordings_in_another_format_are_those_of_the_lists(root, suffix):
+    before = by_id(root)
+    for file in root.glob("*/wav/*/*/*.wav"):
+        samples, rate_hz = soundfile.read(file)
+        file.unlink()
+        soundfile.write(file.with_suffix(suffix), samples, rate_hz)
+    items = by_id(root)
+    assert {i.path for i in items.values()} == {i.path.replace(".wav", suffix) for i in before.values()}
+    assert all(i.audio == root / i.path for i in items.values())
+    assert {name: (i.split, i.tasks) for name, i in items.items()} == {n: (i.split, i.tasks) for n, i in before.items()}
+
+
+def test_a_recording_in_two_formats_is_refused(root):
+    file = root / "dev/wav/id10001/aaa/00001.flac"
+    soundfile.write(file, np.zeros(1_600), 16_000)
+    with pytest.raises(DataError, match=r"id10001/aaa/00001 is there twice: .*00001.flac and .*00001.wav; remove one"):
+        by_id(root)
+
+
 def test_verification_is_tested_on_the_recordings_of_the_trials_by_speakers_never_heard(root):
     items = by_id(root).values()
     assert {i.speaker for i in items if i.split == "test"} == set(TEST)
@@ -100,7 +120,7 @@ def test_recordings_that_do_not_fit_are_quarantined(root):
     reasons = {i.id: i.audio.reason for i in by_id(root).values() if isinstance(i.audio, Quarantine)}
     assert reasons == {
         "v/id10309/aaa/00001": "a list names it, but there is no such file in the folders",
-        "v/id10001/aaa/extra": "its path is not idNNNNN/VIDEO/NUMBER.wav, so its speaker is not known",
+        "v/id10001/aaa/extra": "its path is not idNNNNN/VIDEO/NUMBER, so its speaker is not known",
         "v/id10001/aaa/00009": "a link that leads out of the corpus; copy the file, or take the folder it is in as root",
     }
 
@@ -134,7 +154,7 @@ def test_lists_and_folders_that_are_missing_are_named(root):
         by_id(root, iden_split="../iden_split.txt")
     with pytest.raises(DataError, match=r"has no folder 'wav', but dev, test"):
         by_id(root, folders=("wav",))
-    with pytest.raises(DataError, match=r"id10001/aaa/00001.wav is there twice"):
+    with pytest.raises(DataError, match=r"id10001/aaa/00001 is there twice: .*; remove one"):
         by_id(root, folders=("dev/wav", "dev/wav"))
     (root / "veri_test.txt").write_text(TRIALS.splitlines()[0])
     with pytest.raises(DataError, match=r"veri_test.txt needs trials of both kinds"):

@@ -54,7 +54,8 @@ def librispeech_items(corpus: str, params: LibriSpeechParams) -> Iterator[Item]:
     """The utterances of the subsets, by subset as listed, then speaker, chapter and name.
 
     Raises:
-        DataError: a folder that is missing or has another layout, or a transcript or a lexicon that cannot be read.
+        DataError: a folder that is missing or has another layout, an utterance in two formats, a transcript or a
+            lexicon that cannot be read.
     """
     root = corpus_root(corpus, params.root)
     lexicon = read_lexicon(corpus, params.lexicon) if params.lexicon is not None else {}
@@ -89,7 +90,7 @@ def chapter_items(corpus: str, root: Path, subset: str, chapter: Path) -> Iterat
     if not leads_inside(root, transcript):
         raise DataError(f"{transcript} is a link that leads out of the corpus; put the file there")
     texts = read_transcript(transcript)
-    files = {file.stem: file for file in recordings(chapter)}
+    files = files_of(chapter)
     for name in sorted(set(texts) | set(files)):
         file = files.get(name, chapter / f"{name}.flac")
         path = path_in(root, file)
@@ -109,6 +110,20 @@ def chapter_items(corpus: str, root: Path, subset: str, chapter: Path) -> Iterat
             speaker=speaker,
             text=texts.get(name),
         )
+
+
+def files_of(chapter: Path) -> dict[str, Path]:
+    """The recordings of a chapter, by their name in its transcript.
+
+    Raises:
+        DataError: the same utterance in two formats.
+    """
+    files: dict[str, Path] = {}
+    for file in recordings(chapter):
+        if file.stem in files:
+            raise DataError(f"{file.stem} is there twice: {files[file.stem]} and {file}; remove one")
+        files[file.stem] = file
+    return files
 
 
 def read_transcript(file: Path) -> dict[str, str]:

@@ -4,6 +4,8 @@
     iden_split.txt                         1 | 2 | 3 and a path: train, dev, test of speaker identification
     veri_test.txt, veri_test2.txt          1 | 0 and two paths: trials of speaker verification
 
+The lists say .wav; a recording may as well be there in another format that is read, NNNNN.flac.
+
 Identification knows every speaker (SUPERB SID). Verification (SUPERB SV) is tested on voices it never heard: a speaker
 of any trial is in the test and nowhere else, also in pretraining. SUPERB has no dev speakers there and reports the best
 test score; here `dev_speakers` of the others choose, on trials drawn from them, which is a little harder and fair.
@@ -54,7 +56,7 @@ def voxceleb1_items(corpus: str, params: VoxCeleb1Params) -> Iterator[Item]:
     """The recordings, by speaker, video and number; those that a list names and no folder has are quarantined.
 
     Raises:
-        DataError: a folder or list that is missing, a line that cannot be read, a recording that is in two folders.
+        DataError: a folder or list that is missing, a line that cannot be read, a recording in two folders or formats.
     """
     root = corpus_root(corpus, params.root)
     sid = read_iden_split(corpus, root, params)
@@ -87,7 +89,7 @@ def recording(
     if isinstance(audio, Path) and not there:
         audio = Quarantine("a list names it, but there is no such file in the folders")
     elif isinstance(audio, Path) and not RECORDING.fullmatch(name):
-        audio = Quarantine("its path is not idNNNNN/VIDEO/NUMBER.wav, so its speaker is not known")
+        audio = Quarantine("its path is not idNNNNN/VIDEO/NUMBER, so its speaker is not known")
     return Item(
         f"{corpus}/{'/'.join(path.split('/')[-3:]).rsplit('.', 1)[0]}", corpus, path, audio, split, tasks, speaker
     )
@@ -108,18 +110,19 @@ def speaker_folders(corpus: str, root: Path, params: VoxCeleb1Params) -> Iterato
 
 
 def files_of(places: list[Path]) -> dict[str, Path]:
-    """The recordings of one speaker, by their name in the lists.
+    """The recordings of one speaker, by their name in the lists: with .wav, whatever the files have.
 
     Raises:
-        DataError: two folders have the same recording.
+        DataError: the same recording in two folders or formats.
     """
     files: dict[str, Path] = {}
     for place in places:
         for video in folders(place):
             for file in recordings(video):
-                name = f"{place.name}/{video.name}/{file.name}"
+                stem = f"{place.name}/{video.name}/{file.stem}"
+                name = f"{stem}.wav"
                 if name in files:
-                    raise DataError(f"{name} is there twice: {files[name]} and {file}; remove one")
+                    raise DataError(f"{stem} is there twice: {files[name]} and {file}; remove one")
                 files[name] = file
     return files
 
