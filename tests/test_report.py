@@ -324,6 +324,7 @@ def test_a_run_of_untrained_students_alone_still_draws_its_curves(run):
         (wording.loss(-0.83366), "−0.834"),
         (wording.loss(0.5, 4), "0.5000"),
         (wording.rate(1e-5), "1e-5"),
+        (wording.rate(2.5e-5), "2.5e-5"),
         (wording.rate(0.0001), "0.0001"),
         (wording.plural(1, "shard"), "1 shard"),
         (wording.spelled(3, "student"), "three students"),
@@ -419,3 +420,15 @@ def test_a_run_of_phone_recognition_alone_still_makes_a_page(with_phones):
     assert "mean over frames" not in sections.protocol(run)
     assert page.html(run)
     assert tables.markdown(run)
+
+
+def test_a_run_in_which_only_teachers_were_tuned_has_a_page_without_distillation(own):
+    for folder in own["models"].iterdir():
+        for product in (own["features"] / f"{folder.name}.json", *own["probes"].glob(f"{folder.name}-*.json")):
+            product.unlink()
+        shutil.rmtree(folder)
+    write_tuned(own["models"], "joint", ("teacher", "hubert"), False, {"kws": 0.95, "sv": 0.12})
+    run = gather(**own)
+    assert run.students == ()
+    assert "<h2>Distillation</h2>" not in page.html(run)
+    assert figures.png(figures.curves(run.students)).startswith(b"\x89PNG")

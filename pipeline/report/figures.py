@@ -43,11 +43,11 @@ WIDTH = 9.6  # inches; the page is ten wide
 def curves(students: Sequence[Student]) -> Figure:
     """Small multiples, one trained student each: train in grey, dev in wine; of a pruned one also where its units went.
 
-    Scales are each student's own: losses of different methods are in different units.
+    Scales are each student's own: losses of different methods are in different units. An empty figure without students.
     """
     students = [student for student in students if student.metrics.steps > 0] or list(students)[:1]
-    columns = min(3, len(students))
-    rows = ceil(len(students) / columns)
+    columns = max(1, min(3, len(students)))
+    rows = max(1, ceil(len(students) / columns))
     with matplotlib.rc_context(LOOK):
         figure = Figure(figsize=(WIDTH, 2.7 * rows), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False).flatten()

@@ -15,15 +15,8 @@ from pipeline.tasks.labels import TASKS
 
 def html(run: Run, heard: Heard | None = None) -> str:
     """The page; with players, where the worst errors are handed over."""
-    curves = figures.svg(figures.curves(run.students), "curves", "Training and dev loss of every student")
     weights = figures.svg(figures.layer_weights(run), "weights", "Learned layer weights of every model and task")
     tasks = wording.listed([TASKS[task].title.lower() for task in run.tasks])
-    pruned = ""
-    if any(student.pruned_at is not None for student in run.students):
-        pruned = (
-            " Dashes: where a student was pruned and its second phase begins; dots, from 0 at the foot to 100 % at the head: "
-            "the share of its parameters that its gates were expected to remove. Losses on both sides are of other models."
-        )
     body = [
         f'<header><h1>Decant</h1><p class="standfirst">{sections.standfirst(run)}</p></header>',
         f'<div class="headline">{sections.headline(run)}</div>',
@@ -47,14 +40,7 @@ def html(run: Run, heard: Heard | None = None) -> str:
             f"for {tasks}. A row sums to one.</figcaption></figure>",
         ),
         *([] if heard is None else [_section("Worst errors", listening.section(run, heard))]),
-        _section(
-            "Distillation",
-            f'<figure class="scroll">{curves}<figcaption>Total loss, L1 and cosine. Grey: train; wine: dev. '
-            f"The vertical range leaves out the first steps; the heads are dropped after distillation.{pruned}"
-            "</figcaption></figure>",
-            f'<div class="scroll" style="margin-top:28px">{training.losses(run)}</div>',
-            *_targets(run),
-        ),
+        *_distilled(run),
         *_similarities(run),
         _section("Corpora", f'<div class="scroll">{sections.corpora(run)}</div>'),
         _section("Stores", f'<div class="scroll">{sections.stores(run)}</div>'),
@@ -67,6 +53,29 @@ def html(run: Run, heard: Heard | None = None) -> str:
         f"<title>Decant: report</title>\n<style>\n{CSS}</style>\n</head>\n"
         f"<body>\n<main>\n{chr(10).join(body)}\n</main>\n</body>\n</html>\n"
     )
+
+
+def _distilled(run: Run) -> list[str]:
+    """How students learned; nothing where every model came from elsewhere."""
+    if not run.students:
+        return []
+    curves = figures.svg(figures.curves(run.students), "curves", "Training and dev loss of every student")
+    pruned = ""
+    if any(student.pruned_at is not None for student in run.students):
+        pruned = (
+            " Dashes: where a student was pruned and its second phase begins; dots, from 0 at the foot to 100 % at the head: "
+            "the share of its parameters that its gates were expected to remove. Losses on both sides are of other models."
+        )
+    return [
+        _section(
+            "Distillation",
+            f'<figure class="scroll">{curves}<figcaption>Total loss, L1 and cosine. Grey: train; wine: dev. '
+            f"The vertical range leaves out the first steps; the heads are dropped after distillation.{pruned}"
+            "</figcaption></figure>",
+            f'<div class="scroll" style="margin-top:28px">{training.losses(run)}</div>',
+            *_targets(run),
+        )
+    ]
 
 
 def _pareto(run: Run) -> list[str]:

@@ -63,8 +63,8 @@ def metric(name: str, higher_is_better: bool) -> str:
 
 
 def rate(number: float) -> str:
-    """A learning rate as people type it: 0.01, 1e-5."""
-    return f"{number:g}" if 1e-4 <= number < 1e3 else f"{number:.0e}".replace("e-0", "e-").replace("e+0", "e")
+    """A learning rate as people type it: 0.01, 1.5e-5."""
+    return f"{number:g}".replace("e-0", "e-").replace("e+0", "e")
 
 
 SPELLED = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
