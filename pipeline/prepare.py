@@ -82,7 +82,8 @@ def prepare(
         for item, audio in decoded(params):
             if item.id in first_path:
                 raise DataError(
-                    f"{item.id} is there twice: {first_path[item.id]} and {item.path}; remove or rename one"
+                    f"{item.id} is there twice: {first_path[item.id]} and {item.path}; remove or rename one "
+                    "(of a table: name a column of ids, columns.id)"
                 )
             first_path[item.id] = item.path
             if isinstance(audio, Quarantine):
