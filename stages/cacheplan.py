@@ -27,18 +27,18 @@ def main(
     from dataclasses import asdict
 
     from cache.errors import ResourceError
-    from cache.manifest import read_manifest
     from cache.names import layers_of
-    from cache.receipts import open_receipt, store_root
+    from cache.receipts import store_root
     from pipeline.cost import cost_of
     from pipeline.devices import choose_device
     from pipeline.extract import ExtractParams, Keep
     from pipeline.models import open_models
+    from stages._corpus import open_corpus
     from stages._params import read_params
 
     settings: ExtractParams = read_params("extract", ExtractParams, params)
     what: Keep = read_params(keep, Keep, params)
-    utterances, store, place = read_manifest(manifest), open_receipt(waves), choose_device(device)
+    (utterances, store), place = open_corpus(manifest, waves), choose_device(device)
     cost = cost_of(open_models(model, place), utterances, store, settings, what, place, sample_sec, seed=0)
     root = store_root()
     root.mkdir(parents=True, exist_ok=True)

@@ -26,8 +26,6 @@ def main(
 ) -> None:
     """Train a student from stored targets; a killed run goes on where its last state was saved."""
     from cache.errors import SettingsError
-    from cache.manifest import read_manifest
-    from cache.receipts import open_receipt
     from pipeline.distill.inputs import open_inputs
     from pipeline.distill.logs import open_logs
     from pipeline.distill.rehearse import rehearse
@@ -35,12 +33,13 @@ def main(
     from pipeline.distill.train import distil
     from pipeline.distill.world import join_world
     from pipeline.layers.targets import open_init, read_targets
+    from stages._corpus import open_corpus
     from stages._params import read_params
     from stages._progress import progress
 
     with join_world(device) as (world, own):
         settings: StudentParams = read_params(f"students.{name}", StudentParams, params)
-        chosen, utterances, store = read_targets(targets), read_manifest(manifest), open_receipt(waves, verify)
+        chosen, (utterances, store) = read_targets(targets), open_corpus(manifest, waves, verify)
         steps = sum(phase.steps for phase in phases_of(settings))
 
         def say(line: str) -> None:

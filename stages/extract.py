@@ -54,22 +54,20 @@ def main(
 ) -> None:
     """Run a model once over the manifest and store its layers; a killed run goes on where it stopped."""
     from cache.frames import RATE_HZ
-    from cache.manifest import read_manifest
     from cache.publish import write_json
-    from cache.receipts import open_receipt
     from pipeline.devices import choose_device
     from pipeline.extract import extract
     from pipeline.extraction.job import check_waves, plan_job
     from pipeline.extraction.settings import ExtractParams, Keep
     from pipeline.models import open_models
+    from stages._corpus import open_corpus
     from stages._models import model_paths
     from stages._params import read_params
     from stages._progress import progress
 
     settings: ExtractParams = read_params("extract", ExtractParams, params)
     what: Keep = read_params(keep, Keep, params)
-    utterances = read_manifest(manifest)
-    store = open_receipt(waves, verify=True)
+    utterances, store = open_corpus(manifest, waves)
     models = model_paths(model, of, params)
     place = choose_device(device) if executor == "local" else "cpu"  # a driver only looks at the model
     upstream = open_models(models, place)

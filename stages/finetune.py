@@ -27,8 +27,6 @@ def main(
 ) -> None:
     """Train an encoder and its heads on keywords and speakers together; a killed run goes on where its state was saved."""
     from cache.errors import SettingsError
-    from cache.manifest import read_manifest
-    from cache.receipts import open_receipt
     from pipeline.corpora.trials import read_trials
     from pipeline.distill.curves import Log
     from pipeline.distill.logs import open_logs
@@ -36,12 +34,13 @@ def main(
     from pipeline.finetune.run import finetune
     from pipeline.finetune.settings import FinetuneParams
     from pipeline.finetune.start import open_start
+    from stages._corpus import open_corpus
     from stages._params import read_params
     from stages._progress import progress
 
     with join_world(device) as (world, own):
         settings: FinetuneParams = read_params(f"finetunes.{name}", FinetuneParams, params)
-        utterances, store = read_manifest(manifest), open_receipt(waves, verify)
+        utterances, store = open_corpus(manifest, waves, verify)
         pairs = None if trials is None or settings.tasks.sv is None else read_trials(trials, utterances.by_id)
         steps = settings.train.steps * len(settings.seeds)
 

@@ -15,14 +15,13 @@ def main(
     out: Annotated[Path, typer.Option(help="The folder to write; an earlier export there is replaced.")],
 ) -> None:
     """Write recordings, supervisions and audio for lhotse, k2 and icefall."""
-    from cache.manifest import read_manifest
-    from cache.receipts import open_receipt
     from pipeline.corpora.lhotse_export import export_lhotse
+    from stages._corpus import open_corpus
     from stages._progress import progress
 
-    utterances = read_manifest(manifest)
+    utterances, store = open_corpus(manifest, waves)
     with progress("lhotse", total=len(utterances), unit="recordings") as tick:
-        export_lhotse(utterances, open_receipt(waves), out, tick)
+        export_lhotse(utterances, store, out, tick)
     print(f"lhotse: {len(utterances):,} recordings and supervisions in {out}")
 
 

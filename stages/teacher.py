@@ -27,13 +27,12 @@ def main(
     """Fetch, check and pin a teacher, or pretrain one here (a killed run goes on); and write what a student can start from."""
     from safetensors.torch import save_file
 
-    from cache.manifest import read_manifest
     from cache.publish import publish_file
-    from cache.receipts import open_receipt
     from pipeline.devices import choose_device
     from pipeline.student.adopt import FAMILIES, adopt
     from pipeline.teachers.pretrain.settings import PretrainParams, audio_seconds
     from pipeline.teachers.sources import Corpus, Folder, Hub, Source, TeacherParams, materialise
+    from stages._corpus import open_corpus
     from stages._params import read_params
     from stages._progress import progress
 
@@ -43,7 +42,7 @@ def main(
     source: Folder | Hub | PretrainParams = read_params(f"teachers.{name}.source", Source, params)
     settings = TeacherParams(source=source, normalise=read_params(f"teachers.{name}.normalise", bool | None, params))
     if isinstance(source, PretrainParams) and manifest is not None and waves is not None:
-        corpus = Corpus(read_manifest(manifest), open_receipt(waves, verify=True))
+        corpus = Corpus(*open_corpus(manifest, waves))
         with progress(f"pretrain {name}", total=audio_seconds(source), unit="audio-s") as tick:
             pinned = materialise(settings, out, corpus, tick, starts_from, choose_device(device), say)
     else:

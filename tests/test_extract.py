@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from cache.errors import DataError, SettingsError, StoreError
@@ -131,6 +132,11 @@ def test_what_a_model_must_not_do_is_named(tiny_corpus):
     slow.layers = lambda waves, samples: [waves.unfold(1, 400, 640)] * 3
     with pytest.raises(DataError, match=r"the model gave \d+ frames and the manifest says \d+; is its hop 320"):
         run(slow, tiny_corpus)
+
+
+def test_shards_are_whole_chunks():
+    with pytest.raises(ValidationError, match=r"shard_frames 1000 is no multiple of chunk_frames 64; take 1024"):
+        ExtractParams.model_validate({**PARAMS.model_dump(), "chunk_frames": 64, "shard_frames": 1000})
 
 
 def test_a_manifest_of_another_wave_store_is_refused(tiny_corpus):

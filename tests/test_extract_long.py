@@ -142,6 +142,10 @@ def test_what_is_too_long_is_named_before_the_first_forward(tiny_corpus):
         run(model, tiny_corpus, Skip(kind="skip", max_sec=0.01))
     with pytest.raises(ValidationError, match="leaves nothing between two overlaps of 0.5 s"):
         Chunk(kind="chunk", max_sec=1.0, overlap_sec=0.5)
+    with pytest.raises(
+        ValidationError, match=r"leaves nothing between two overlaps of 5\.03 s"
+    ):  # in frames, 504 - 2 x 252
+        Chunk(kind="chunk", max_sec=10.12, overlap_sec=5.03)
 
 
 def test_what_is_skipped_is_not_in_the_store_and_the_fingerprint_says_so(tiny_corpus):

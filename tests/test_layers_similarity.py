@@ -1,7 +1,9 @@
 """How alike layers are, and which belong together."""
 
 import itertools
+import tracemalloc
 
+import dask.system
 import numpy as np
 import pytest
 import torch
@@ -190,3 +192,28 @@ def test_the_stage_writes_the_matrix_and_a_picture(store, tmp_path):
     first = {name: (tmp_path / "s" / name).read_bytes() for name in ("hubert.json", "hubert.png")}
     CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert {name: (tmp_path / "s" / name).read_bytes() for name in first} == first
+
+
+def test_memory_is_what_was_asked_for_and_a_long_recording_is_cut(tmp_path, monkeypatch):
+    """About: four blocks and a dozen sums are under way, and a recording of two minutes is no block of its own."""
+    monkeypatch.setenv("DECANT_STORE", str(tmp_path / "store"))
+    monkeypatch.setattr(dask.system, "CPU_COUNT", 32)
+    rows, width, names = [300] * 20 + [6_000], 96, [f"layer-{n:02d}" for n in range(6)]
+    fingerprint = {"model": {"kind": "noise"}}
+    header = {"kind": "features", "key": store_key("features", fingerprint), "fingerprint": fingerprint}
+    header |= {"codec": "float16", "width": width, "chunk_rows": 64, "shard_rows": 8_192}
+    place, rng = store_path("features", header["key"]), np.random.default_rng(0)
+    with open_writer(place, header, [f"u{n}" for n in range(len(rows))], np.array(rows), names) as writer:
+        for shard, arrays in writer.missing().items():
+            for name in arrays:
+                count = sum(rows[u] for u in writer.plan.utterances(shard))
+                writer.write(name, shard, rng.normal(size=(count, width)).astype(np.float16))
+    peaks, found = [], []
+    for asked in (0.02, 0.2):
+        tracemalloc.start()
+        found.append(similarity(Store(place, names), params(memory_gb=asked)))
+        peaks.append(tracemalloc.get_traced_memory()[1] / 1e9)
+        tracemalloc.stop()
+    assert peaks[0] < 0.03
+    assert peaks[1] > 0.03, "less memory must have made a difference"
+    np.testing.assert_allclose(found[0].matrix, found[1].matrix, rtol=1e-9)

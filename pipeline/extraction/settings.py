@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 from cache.errors import SettingsError
-from cache.frames import FIELD, RATE_HZ
+from cache.frames import HOP, RATE_HZ, num_frames
 from cache.names import array_name, in_order
 
 
@@ -49,9 +49,19 @@ class Chunk(BaseModel, frozen=True, extra="forbid"):
     overlap_sec: float = Field(ge=0)
     """What a window hears before and after the frames that are kept of it; recordings begin and end without."""
 
+    @property
+    def window(self) -> int:
+        """Frames of a window; the last one's odd samples fit, too."""
+        return num_frames(int(self.max_sec * RATE_HZ) - HOP + 1)
+
+    @property
+    def overlap(self) -> int:
+        """Frames that a window hears and does not keep, at each inner edge."""
+        return round(self.overlap_sec * RATE_HZ / HOP)
+
     @model_validator(mode="after")
     def _has_a_middle(self) -> "Chunk":
-        if self.max_sec - 2 * self.overlap_sec < 2 * FIELD / RATE_HZ:
+        if self.window - 2 * self.overlap < 1:
             raise ValueError(
                 f"max_sec {self.max_sec:g} leaves nothing between two overlaps of {self.overlap_sec:g} s; overlap less"
             )
@@ -78,6 +88,15 @@ class ExtractParams(BaseModel, frozen=True, extra="forbid"):
     """Padded audio in one forward. Changes speed and memory, not what is computed."""
     long: Long
     """Recordings that are too long for one forward."""
+
+    @model_validator(mode="after")
+    def _whole_chunks(self) -> "ExtractParams":
+        if self.shard_frames % self.chunk_frames:
+            raise ValueError(
+                f"shard_frames {self.shard_frames} is no multiple of chunk_frames {self.chunk_frames}; "
+                f"take {-(-self.shard_frames // self.chunk_frames) * self.chunk_frames}"
+            )
+        return self
 
 
 def _several(layers: tuple[int, ...]) -> tuple[int, ...]:

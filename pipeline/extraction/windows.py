@@ -73,8 +73,7 @@ def pieces_of(utterance: int, samples: int, long: Long) -> Iterator[Piece]:
     if not isinstance(long, Chunk) or samples <= longest_samples(long):
         yield Piece(utterance, slice(0, samples), slice(0, frames), 0)
         return
-    window = num_frames(longest_samples(long) - HOP + 1)  # the last one's odd samples fit, too
-    overlap = round(long.overlap_sec * RATE_HZ / HOP)
+    window, overlap = long.window, long.overlap
     begin = first = 0
     while begin + window < frames:
         end = begin + window - overlap

@@ -15,11 +15,13 @@ from pydantic import BaseModel, Field
 
 from cache.codecs import decode
 from cache.errors import StoreError
-from cache.frames import HOP, RATE_HZ
+from cache.frames import HOP, RATE_HZ, FrameSpan
 from cache.names import keeps_layers, layers_of
 from cache.ragged import Store
 
 BLOCK_FRAMES = 4096
+THREADS = 4
+"""Blocks under way at a time: what is in memory must not grow with the cores of the machine."""
 SMALL = 1e-300
 
 
@@ -34,7 +36,7 @@ class SimilarityParams(BaseModel, frozen=True, extra="forbid"):
     seed: int = Field(ge=0)
     """Of the draw."""
     memory_gb: float = Field(gt=0)
-    """Of the sums; less memory takes more passes over the sample and gives the same numbers but for rounding."""
+    """Of blocks and sums, about; less memory takes more passes over the sample and gives the same numbers but for rounding."""
 
 
 class Similarity(NamedTuple):
@@ -48,6 +50,8 @@ class Similarity(NamedTuple):
 
 
 Block = Float64[np.ndarray, "L F D"]
+Stretch = tuple[int, FrameSpan]
+"""Frames of an utterance."""
 
 
 def similarity(store: Store, params: SimilarityParams) -> Similarity:
@@ -62,9 +66,11 @@ def similarity(store: Store, params: SimilarityParams) -> Similarity:
             f"{store.place} keeps {len(names)} layer; extract two or more (keep: {{layers: all}}) to compare them"
         )
     drawn = draw(store, params.seconds, params.seed)
-    blocks = [dask.delayed(read_block)(store, names, some) for some in blocks_of(store, drawn)]
+    width = store.width or 0
+    limit = block_frames(len(names), width, params.memory_gb)
+    blocks = [dask.delayed(read_block)(store, names, some) for some in blocks_of(store, drawn, limit)]
     compare = {"cka": _cka, "cosine": _cosine, "distance": _distance}[params.measure]
-    matrix = compare(blocks, len(names), store.width or 0, params.memory_gb)
+    matrix = compare(blocks, len(names), width, params.memory_gb)
     frames = int(store.rows[drawn].sum())
     return Similarity(tuple(layers_of(name)[0] for name in names), matrix, frames)
 
@@ -77,34 +83,40 @@ def draw(store: Store, seconds: float, seed: int) -> list[int]:
     return drawn
 
 
-def blocks_of(store: Store, utterances: Sequence[int]) -> Iterator[list[int]]:
-    """The utterances in blocks of about `BLOCK_FRAMES`."""
-    block: list[int] = []
+def block_frames(num: int, width: int, memory_gb: float) -> int:
+    """Frames of a block: half the memory is for the blocks under way, each in float64 and once more as it is stored."""
+    return min(BLOCK_FRAMES, max(64, int(memory_gb * 1e9 / 2 / THREADS / (num * width * (8 + 4)))))
+
+
+def blocks_of(store: Store, utterances: Sequence[int], limit: int) -> Iterator[list[Stretch]]:
+    """The utterances in blocks of at most `limit` frames; one that is longer is cut."""
+    block: list[Stretch] = []
     frames = 0
     for u in utterances:
-        if block and frames + int(store.rows[u]) > BLOCK_FRAMES:
-            yield block
-            block, frames = [], 0
-        block.append(u)
-        frames += int(store.rows[u])
+        for start in range(0, int(store.rows[u]), limit):
+            count = min(limit, int(store.rows[u]) - start)
+            if frames + count > limit:
+                yield block
+                block, frames = [], 0
+            block.append((u, FrameSpan(start, count)))
+            frames += count
     yield block
 
 
-def read_block(store: Store, names: Sequence[str], utterances: Sequence[int]) -> Block:
+def read_block(store: Store, names: Sequence[str], stretches: Sequence[Stretch]) -> Block:
     """All frames of some utterances, layer by layer, decoded; with a reader of its own, so that threads may do it."""
     reader = Store(store.place, names, store.verify)
     coding = reader.spec("").coding
     tables = [reader.tables(name) for name in names]
-    rows, counts = reader.read_batch(list(utterances), names)
+    numbers, spans = zip(*stretches, strict=True)
+    rows, counts = reader.read_batch(numbers, names, spans)
     reader.close()
-    return np.stack(
-        [
-            np.concatenate(
-                [decode(rows[b, n, :count], coding, tables[n]) for b, count in enumerate(counts.tolist())]
-            ).astype(np.float64)
-            for n in range(len(names))
-        ]
-    )
+    block = np.empty((len(names), int(counts.sum()), store.width or 0))
+    ends = np.cumsum(counts).tolist()
+    for n in range(len(names)):
+        for b, (end, count) in enumerate(zip(ends, counts.tolist(), strict=True)):
+            block[n, end - count : end] = decode(rows[b, n, :count], coding, tables[n])
+    return block
 
 
 def _cka(blocks: Sequence[object], num: int, width: int, memory_gb: float) -> Float64[np.ndarray, "L L"]:
@@ -113,7 +125,8 @@ def _cka(blocks: Sequence[object], num: int, width: int, memory_gb: float) -> Fl
     Cov = sum x y' - n mean(x) mean(y)', so one pass gives sums and means together.
     """
     pairs = [(i, j) for i in range(num) for j in range(i, num)]
-    at_once = max(1, int(memory_gb * 1e9 / (8 * width * width * 4)))  # a sum, and what dask adds to it meanwhile
+    held = 2 * THREADS + 4  # every thread adds one sum to another at most; those of the tree above wait
+    at_once = max(1, int(memory_gb * 1e9 / 2 / (8 * width * width * held)))
     shared = np.empty((num, num))
     for begin in range(0, len(pairs), at_once):
         some = pairs[begin : begin + at_once]
@@ -132,11 +145,15 @@ class _Sums(NamedTuple):
 
 
 def _products(block: Block, pairs: Sequence[tuple[int, int]]) -> _Sums:
-    return _Sums(np.stack([block[i].T @ block[j] for i, j in pairs]), block.sum(1), block.shape[1])
+    grams = np.empty((len(pairs), block.shape[2], block.shape[2]))
+    for gram, (i, j) in zip(grams, pairs, strict=True):
+        np.matmul(block[i].T, block[j], out=gram)
+    return _Sums(grams, block.sum(1), block.shape[1])
 
 
 def _plus(a: _Sums, b: _Sums) -> _Sums:
-    return _Sums(a.grams + b.grams, a.sums + b.sums, a.frames + b.frames)
+    """Into a, which nobody else reads."""
+    return _Sums(np.add(a.grams, b.grams, out=a.grams), a.sums + b.sums, a.frames + b.frames)
 
 
 def _add_up(parts: list[object]) -> _Sums:
@@ -144,7 +161,7 @@ def _add_up(parts: list[object]) -> _Sums:
     while len(parts) > 1:
         pairs = [dask.delayed(_plus)(a, b) for a, b in zip(parts[::2], parts[1::2], strict=False)]
         parts = pairs + parts[len(parts) - len(parts) % 2 :]
-    (total,) = dask.compute(parts[0], scheduler="threads")
+    (total,) = dask.compute(parts[0], scheduler="threads", num_workers=THREADS)
     return _Sums(*total)
 
 
@@ -159,7 +176,7 @@ def _distance(blocks: Sequence[object], num: int, width: int, memory_gb: float) 
 def _mean_over_frames(parts: list[object], num: int) -> Float64[np.ndarray, "L L"]:
     """The mean of pairwise sums over frames."""
     total, frames = np.zeros((num, num)), 0
-    for summed, count in dask.compute(*parts, scheduler="threads"):
+    for summed, count in dask.compute(*parts, scheduler="threads", num_workers=THREADS):
         total, frames = total + summed, frames + count
     return total / frames
 
