@@ -92,6 +92,8 @@ def read_rows(reads: Reads, chunk_rows: int, row_bytes: int) -> dict[int, int | 
             if got != size:
                 told = True
                 _tell(got, reads.handles[number:], lists[0][number:], lists[3][number:])
+                if got == 0:  # not yet the end: Linux 5.9 and 5.10 say so of what is not in memory, too (preadv2(2))
+                    got = _preadv(handle, base + 16 * start, num, at)
         if got != size and not _finish(handle, flat[start:end], at, size, got):
             failed[number] = None
     return failed

@@ -53,6 +53,22 @@ def test_cold_rows_are_the_warm_ones(place, monkeypatch, verify, refusal):
         assert told == []
 
 
+@pytest.mark.parametrize("verify", [False, True])
+def test_nothing_read_without_waiting_is_not_yet_the_end(place, monkeypatch, verify):
+    """Linux 5.9 and 5.10 may answer 0 where other versions say EAGAIN (preadv2(2), bugs)."""
+    everyone = list(range(len(ROWS)))
+    want, _ = Store(place, verify=verify).read_batch(everyone, LAYERS)
+    calls = []
+    monkeypatch.setattr(scatter, "_preadv2", lambda *call: calls.append(call) or 0)
+    store = Store(place, verify=verify)
+    got, _ = store.read_batch(everyone, LAYERS)
+    np.testing.assert_array_equal(got.view(np.uint16), want.view(np.uint16))
+    assert calls
+    os.truncate(place / SHARD, 1_000)
+    with pytest.raises(StoreError, match=r"layer-04/c/1/0: it is cut short"):
+        store.read_batch(everyone, LAYERS)
+
+
 def test_what_is_in_memory_is_not_asked_for_again(place, monkeypatch):
     store = Store(place)
     store.read_batch(list(range(len(ROWS))), LAYERS)  # brings it there
