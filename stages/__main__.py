@@ -6,7 +6,9 @@ saves its state first and gives 75).
 """
 
 import os
+import resource
 import sys
+from contextlib import suppress
 from importlib import import_module
 from io import TextIOWrapper
 from typing import Any
@@ -32,6 +34,7 @@ STAGES = {  # in the order of the pipeline, as `decant --help` lists them
     "warm": "a command that runs many of these, each started sooner",
 }
 
+OPEN_FILES = 8192  # where the system lets us: stores have thousands of shards, and the usual limit is 1024 files
 INTERRUPTED = 130  # from the keyboard
 
 # What a person typed wrong; typer exports only subclasses of it.
@@ -62,6 +65,7 @@ def main() -> None:
     depth = 2 if arguments[:1] == ["cache"] else 1
     stage = " ".join(["decant", *[a for a in arguments[:depth] if a == "cache" or a in STAGES or a in cachectl.NAMES]])
     die_with_parent()
+    allow_files()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a terminal that knows no "±" gets a "?", and no stage ends for it
             stream.reconfigure(errors="replace")
@@ -84,6 +88,15 @@ def main() -> None:
     except BrokenPipeError:  # the reader of our output left: `decant ... | head`
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # kept open for the interpreter's last flush
         sys.exit(141)
+
+
+def allow_files() -> None:
+    """Let this process and those it starts have `OPEN_FILES` files open, or as many as they may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if resource.RLIM_INFINITY != soft < wanted:
+        with suppress(OSError, ValueError):  # a sandbox, or macOS; then the stores make do with what there is
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 if __name__ == "__main__":
