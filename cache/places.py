@@ -3,7 +3,9 @@
 Stores are written to local folders and read from either.
 """
 
+import os
 from pathlib import Path, PurePath, PurePosixPath
+from urllib.parse import unquote_to_bytes
 
 from cache.errors import SettingsError, StoreError
 from cache.ranges import Range, fetch
@@ -17,16 +19,30 @@ class RemotePath(PurePosixPath):
 
 
 def place_of(text: str) -> Path | RemotePath:
-    """A path, or a URL where there is a "://".
+    """A path, or a URL where there is a "://"; `file:///data` is the path /data.
 
     Raises:
-        SettingsError: a URL that names of files cannot be added to.
+        SettingsError: a URL that names of files cannot be added to, or a file:// that is no path of this machine.
     """
+    if text[:7].lower() == "file://":
+        return _path_of(text)
     if "://" not in text:
         return Path(text)
     if "?" in text or "#" in text:
         raise SettingsError(f"{text} has a query or a fragment, and the names of files could not follow it")
     return RemotePath(text)
+
+
+def _path_of(url: str) -> Path:
+    """The path that a file:// URL stands for."""
+    host, slash, rest = url[7:].partition("/")
+    path = os.fsdecode(unquote_to_bytes(slash + rest))
+    if host.lower() not in ("", "localhost") or not slash or any(c in rest for c in "?#") or "\0" in path:
+        raise SettingsError(
+            f"{url} names no folder of this machine: no host may follow file://, and ? and # are written %3F and %23; "
+            "write the path itself (/data/store) or file:///data/store"
+        )
+    return Path(path)
 
 
 def local(place: PurePath, why: str) -> Path:

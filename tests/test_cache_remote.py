@@ -473,6 +473,24 @@ def test_names_of_places_keep_their_slashes():
         place_of("https://host/a?token=5")
 
 
+def test_a_file_url_is_the_local_folder_it_names(place, receipt, tmp_path, monkeypatch):
+    for text, path in (
+        ("file:///data/store", "/data/store"),
+        ("FILE://localhost/data/store/", "/data/store"),
+        ("file:///with%20space/100%25/%C3%A9/%23", "/with space/100%/é/#"),
+        ("file:///%FF", os.fsdecode(b"/\xff")),
+    ):
+        assert place_of(text) == Path(path)
+    for text in ("file://", "file://data/store", "file://host/data", "file:///a?b", "file:///a#b", "file:///a%00b"):
+        with pytest.raises(SettingsError, match=rf"{re.escape(text)} names no folder .* or file:///data/store"):
+            place_of(text)
+    want = open_receipt(receipt).read(LAYER, 3)
+    monkeypatch.setenv("DECANT_STORE", place.parents[1].as_uri())
+    monkeypatch.chdir(tmp_path)
+    assert store_root() == place.parents[1]
+    np.testing.assert_array_equal(open_receipt(receipt).read(LAYER, 3), want)
+
+
 def test_a_protocol_that_nothing_here_reads_is_named():
     with pytest.raises(SettingsError, match=r"gopher:// cannot be read here .*pip install --editable '.\[remote\]'"):
         Store("gopher://host/store")
