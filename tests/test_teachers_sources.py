@@ -9,15 +9,23 @@ import subprocess
 import sys
 import time
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from cache.errors import DataError, SettingsError, StoreError
+from cache.publish import write_json
+from pipeline.student.adopt import copy_adopted, read_shape
+from pipeline.student.encoder import Encoder
+from pipeline.teachers import sources
 from pipeline.teachers.forward import load_teacher
 from pipeline.teachers.sources import Folder, Hub, TeacherParams, materialise
+from stages.teacher import app
 from tests.conftest import TINY_HUBERT
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -226,6 +234,22 @@ def test_a_configuration_that_cannot_be_a_teacher_is_refused_with_its_reason(fol
     assert "\n" not in str(refused.value)
 
 
+def test_a_wavlm_that_rests_on_its_librarys_defaults_has_them_written_out(tmp_path):
+    transformers.WavLMModel(transformers.WavLMConfig(**TINY)).save_pretrained(tmp_path / "wavlm")
+    edit_json(tmp_path / "wavlm/config.json", num_buckets=..., max_bucket_distance=...)
+    source = {"kind": "folder", "path": str(tmp_path / "wavlm")}
+    write_json(tmp_path / "params.yaml", {"teachers": {"t": {"source": source, "normalise": False}}})
+    out, init = tmp_path / "out", tmp_path / "init.safetensors"
+    command = ["t", "--out", str(out), "--init", str(init), "--params", str(tmp_path / "params.yaml")]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    config = json.loads((out / "config.json").read_text())
+    assert (config["num_buckets"], config["max_bucket_distance"]) == (320, 800)
+    student = Encoder(read_shape(out))
+    copy_adopted(student, [init], final_norm=True)
+    assert torch.equal(student.position_bias.table, load_file(init)["position_bias.table"])
+
+
 def test_code_that_a_folder_brings_is_neither_run_nor_kept(folder, tmp_path):
     (folder / "modeling_evil.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
     edit_json(folder / "config.json", auto_map={"AutoModel": "modeling_evil.Evil", "AutoConfig": "modeling_evil.Evil"})
@@ -272,6 +296,43 @@ def test_a_cached_commit_that_has_only_a_pickle_is_read_safely(folder, tmp_path,
     to_pickle(folder)
     to_hub_cache(folder, offline)
     assert materialise(hub_params(), tmp_path / "out").digest == expected
+
+
+@pytest.fixture
+def cached_without_preprocessor(folder, tmp_path, offline):
+    """What `AutoModel.from_pretrained` leaves of a commit; and the file that it does not ask for."""
+    left_out = (folder / "preprocessor_config.json").rename(tmp_path / "preprocessor_config.json")
+    to_hub_cache(folder, offline)
+    return left_out
+
+
+def test_a_cached_commit_without_its_preprocessor_is_completed_from_the_network(
+    cached_without_preprocessor, tmp_path, monkeypatch
+):
+    def snapshot(repo, *, revision, allow_patterns, local_files_only):
+        found = huggingface_hub.snapshot_download(repo, revision=revision, local_files_only=True)
+        if not local_files_only and "preprocessor_config.json" in allow_patterns:
+            shutil.copy(cached_without_preprocessor, found)
+        return found
+
+    monkeypatch.setattr(sources, "snapshot_download", snapshot)
+    assert materialise(hub_params(), tmp_path / "out").normalise
+
+
+@pytest.mark.parametrize("unreachable", [None, LocalEntryNotFoundError("no route"), HTTPError("refused")])
+def test_a_cached_commit_without_its_preprocessor_is_used_where_the_network_cannot_be_reached(
+    cached_without_preprocessor, tmp_path, monkeypatch, unreachable
+):
+    def snapshot(repo, *, local_files_only, **asked):
+        if unreachable is not None and not local_files_only:
+            raise unreachable
+        return huggingface_hub.snapshot_download(repo, local_files_only=local_files_only, **asked)
+
+    monkeypatch.setattr(sources, "snapshot_download", snapshot)
+    said = TeacherParams(source=hub_params().source, normalise=False)
+    assert not materialise(said, tmp_path / "out").normalise
+    with pytest.raises(SettingsError, match=r"has no preprocessor_config\.json here .* set the teacher's normalise"):
+        materialise(hub_params(), tmp_path / "unsaid")
 
 
 def test_a_commit_that_is_not_cached_is_one_line_without_a_try_or_a_wait_when_offline(

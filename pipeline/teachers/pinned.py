@@ -37,6 +37,7 @@ ARCHITECTURE = (
     *("feat_proj_layer_norm", "feat_proj_dropout", "hidden_size", "num_hidden_layers", "num_attention_heads"),
     *("intermediate_size", "hidden_act", "hidden_dropout", "attention_dropout", "activation_dropout", "layer_norm_eps"),
     *("num_conv_pos_embeddings", "num_conv_pos_embedding_groups", "do_stable_layer_norm"),
+    *("num_buckets", "max_bucket_distance"),  # of WavLM
 )
 # Where the folder was made and for which library version: no part of the model.
 NOT_THE_MODEL = ("_name_or_path", "transformers_version", "auto_map", "architectures", "torch_dtype", "dtype")

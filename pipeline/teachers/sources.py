@@ -161,17 +161,35 @@ def _pretrain(
 
 
 def fetch(source: Hub) -> Path:
-    """The folder of one commit in the hub's cache: what is there already is used without asking the network.
+    """The folder of one commit in the hub's cache: what is there whole is used without asking the network.
+
+    `AutoModel.from_pretrained` leaves configuration and weights there and no preprocessor: only the network knows whether
+    the commit has one, and where it cannot be reached, what is there has to do.
 
     Raises:
         DataError: neither in the cache nor to be had; with HF_HUB_OFFLINE=1 at once.
     """
+    cached = _cached(source)
+    if cached is not None and (cached / PREPROCESSOR).exists():
+        return cached
     try:
-        cached = _snapshot(source, SAFE_FILES, local=True)
-        if (cached / CONFIG).exists() and any((cached / name).exists() for name in (WEIGHTS, INDEX, PICKLE)):
+        return _download(source)
+    except DataError:
+        if cached is not None:
             return cached
+        raise
+
+
+def _cached(source: Hub) -> Path | None:
+    try:
+        folder = _snapshot(source, SAFE_FILES, local=True)
     except LocalEntryNotFoundError:
-        pass  # the commit is not in the cache at all
+        return None  # the commit is not in the cache, or known to be there in part
+    usable = (folder / CONFIG).exists() and any((folder / name).exists() for name in (WEIGHTS, INDEX, PICKLE))
+    return folder if usable else None
+
+
+def _download(source: Hub) -> Path:
     where = f"{source.repo} at {source.revision}"
     try:
         found = _snapshot(source, SAFE_FILES, local=False)
@@ -241,7 +259,7 @@ def _published_normalise(folder: Path, config: dict[str, Any], where: str) -> bo
         return False
     if not isinstance(normalise := described.get("do_normalize"), bool):
         raise SettingsError(
-            f"{where} does not say in {PREPROCESSOR} whether waveforms are normalised; set the teacher's "
+            f"{where} has no {PREPROCESSOR} here that says whether waveforms are normalised; set the teacher's "
             "normalise: false (base models of fairseq) or true (large ones)"
         )
     return normalise
