@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import yaml
 from bench_store import machine
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from cache.frames import RATE_HZ, FrameSpan, num_frames
 from cache.manifest import Manifest, read_manifest
@@ -45,7 +45,7 @@ from pipeline.extraction.settings import ExtractParams, Keep
 from pipeline.layers.choose import choose_targets
 from pipeline.layers.targets import open_init
 from pipeline.padding import INT16_SCALE
-from pipeline.student.adopt import adopt
+from pipeline.student.adopt import adopt, read_shape, save_adopted
 from pipeline.student.checkpoint import load_student
 from pipeline.teachers.forward import Teacher, load_teacher
 
@@ -179,7 +179,9 @@ def students(root: Path, manifest: Manifest, waves: Store, teacher: Teacher, opt
     cut = write_corpus(root, pieces_of(kept, waves, options.crop_seconds))
     pieces = Corpus(root, "pieces", *cut, teacher, options)
     (root / "init").mkdir()
-    save_file(adopt(options.project / "data/teachers" / options.teacher), root / f"init/{options.teacher}.safetensors")
+    folder = options.project / "data/teachers" / options.teacher
+    shape, digest = read_shape(folder, teacher.pinned.normalise), teacher.pinned.digest
+    save_adopted(root / f"init/{options.teacher}.safetensors", adopt(folder), shape, digest)
     aligned = {"kind": "aligned", "max_seconds": options.crop_seconds}
     ways = {"full": (whole, {"kind": "full"}), "aligned": (whole, aligned), "own": (pieces, {"kind": "full"})}
     found: dict[str, Any] = {}

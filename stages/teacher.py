@@ -25,11 +25,9 @@ def main(
     device: Annotated[str, typer.Option(help="Where to pretrain: cpu, cuda, cuda:1, or auto.")] = "auto",
 ) -> None:
     """Fetch, check and pin a teacher, or pretrain one here (a killed run goes on); and write what a student can start from."""
-    from safetensors.torch import save_file
-
     from cache.publish import publish_file
     from pipeline.devices import choose_device
-    from pipeline.student.adopt import FAMILIES, adopt
+    from pipeline.student.adopt import FAMILIES, adopt, read_shape, save_adopted
     from pipeline.teachers.pretrain.settings import PretrainParams, audio_seconds
     from pipeline.teachers.sources import Corpus, Folder, Hub, Source, TeacherParams, materialise
     from stages._corpus import open_corpus
@@ -47,11 +45,11 @@ def main(
             pinned = materialise(settings, out, corpus, tick, starts_from, choose_device(device), say)
     else:
         pinned = materialise(settings, out, starts_from=starts_from)
-    start = (
-        adopt(out) if pinned.family in FAMILIES else {}
-    )  # of other families no student computes what the weights mean
+    start, shape = {}, None
+    if pinned.family in FAMILIES:  # of other families no student computes what the weights mean
+        start, shape = adopt(out), read_shape(out, pinned.normalise)
     with publish_file(init) as partial:
-        save_file(start, partial, metadata={"teacher": pinned.digest})
+        save_adopted(partial, start, shape, pinned.digest)
     print(
         f"teacher {name}: {pinned.family}, {pinned.num_params:,} parameters, {pinned.layers} layers x {pinned.width}, "
         f"waveforms {'normalised' if pinned.normalise else 'as they are'}, digest {pinned.digest[:12]}"

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from safetensors.torch import save_file
 
 from cache.manifest import Manifest, Utterance, write_manifest
 from cache.publish import write_json
@@ -25,6 +24,7 @@ from pipeline.extraction.settings import Calibration, ExtractParams, Fail, Keep
 from pipeline.layers.choose import choose_targets
 from pipeline.layers.ensembles import SingleTeacher
 from pipeline.layers.targets import Adopted, Targets, targets_json
+from pipeline.student.adopt import save_adopted
 from pipeline.student.checkpoint import save_student
 from pipeline.student.encoder import Encoder, initialise
 from pipeline.student.shape import EncoderShape
@@ -227,7 +227,7 @@ def write_receipt(
     folder.mkdir(parents=True, exist_ok=True)
     save_student(folder, encoder, {})
     (world.root / "init").mkdir(exist_ok=True)
-    save_file(encoder.state_dict(), world.root / "init" / f"{teacher}.safetensors")
+    save_adopted(world.root / "init" / f"{teacher}.safetensors", encoder.state_dict(), encoder.shape, teacher)
     store = open_receipt(world.root / "receipts/waves.json")
     keep = Keep(layers=layers, select="all")
     receipt = extract(load_student_upstream(folder), world.manifest, store, params, keep, "cpu", lambda *_, **__: None)

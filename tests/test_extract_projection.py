@@ -8,7 +8,6 @@ import pytest
 import torch
 import transformers
 import yaml
-from safetensors.torch import save_file
 
 from cache.errors import SettingsError
 from cache.manifest import Manifest, write_manifest
@@ -22,7 +21,7 @@ from pipeline.cost import cost_of
 from pipeline.extract import extract
 from pipeline.extraction.settings import Keep
 from pipeline.layers.similarity import SimilarityParams, similarity
-from pipeline.student.adopt import adopt, copy_adopted, read_shape
+from pipeline.student.adopt import adopt, copy_adopted, read_shape, save_adopted
 from pipeline.student.checkpoint import save_student
 from pipeline.student.encoder import Encoder
 from pipeline.student.upstream import load_student_upstream
@@ -99,8 +98,9 @@ def test_no_company_or_padding_changes_the_projection_and_padded_frames_are_zero
 @pytest.mark.parametrize("name", [name for name in WITH if name.startswith(("hubert", "wav2vec2"))])
 def test_a_student_that_adopts_a_teacher_projects_as_it_does(tmp_path, name):
     teacher, _ = make_teacher(tmp_path, name)
-    save_file(adopt(tmp_path / "teacher"), tmp_path / "init.safetensors")
-    encoder = Encoder(read_shape(tmp_path / "teacher", teacher.pinned.normalise))
+    shape = read_shape(tmp_path / "teacher", teacher.pinned.normalise)
+    save_adopted(tmp_path / "init.safetensors", adopt(tmp_path / "teacher"), shape, teacher.pinned.digest)
+    encoder = Encoder(shape)
     copy_adopted(encoder, [tmp_path / "init.safetensors"], True)
     (tmp_path / "student").mkdir()
     save_student(tmp_path / "student", encoder, {})
