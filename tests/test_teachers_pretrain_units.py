@@ -52,8 +52,10 @@ def test_clusters_find_what_was_planted_and_do_not_depend_on_the_voice_when_cent
 
 
 def test_more_units_than_frames_are_refused():
-    with pytest.raises(SettingsError, match="37 frames cannot make clusters: 100"):
+    with pytest.raises(SettingsError, match="37 frames cannot make clusters: 100.*more audio"):
         fit_clusters([tones(0, 12_000)], mfcc, False, clusters=100, fit_frames=1_000, seed=0)
+    with pytest.raises(SettingsError, match="37 frames cannot make clusters: 100.*raise fit_frames"):
+        fit_clusters([tones(seed, 12_000) for seed in range(9)], mfcc, False, clusters=100, fit_frames=30, seed=0)
 
 
 def test_the_file_gives_each_recording_its_units_and_no_more_than_was_asked_is_fitted_on(tmp_path):

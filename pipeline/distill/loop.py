@@ -85,10 +85,10 @@ def train(learner: Learner, run: Run) -> tuple[Learner, Progress]:
             if progress.step < total:
                 run.say(f"going on after step {progress.step} of {total}")
         run.tick(progress.step, found=True)
+        if found is None:
+            progress.dev = _validate(learner, run, 0)
+            curves.add(step=0, **_dev_columns(progress))
         while True:
-            if found is None and progress.step == 0:
-                progress.dev = _validate(learner, run, 0)
-                curves.add(step=0, **_dev_columns(progress))
             done_before = sum(phase.steps for phase in phases[: progress.phase])
             _train_phase(learner, run, progress, curves, done_before, total)
             if progress.phase == len(phases) - 1:
@@ -209,7 +209,7 @@ def _validate(learner: Learner, run: Run, step: int) -> dict[str, float] | None:
 def _remember_best(progress: Progress) -> None:
     dev = progress.dev or {}
     if dev and (progress.best is None or dev["total"] < progress.best["total"]):
-        progress.best = {"step": progress.step, "total": dev["total"]}
+        progress.best = {"step": progress.step, **dev}
 
 
 def _anybody_stops(run: Run, device: torch.device) -> bool:

@@ -88,8 +88,10 @@ def distil(
         with stop_requested() as stopping:
             run = Run(params, readers_of, directory, readers, world, snapshots, stopping, tick, say, logs, names)
             learner, progress = train(learner, run)
+        step, dev = _published(progress, params)
         metrics = {
-            "dev": progress.dev,
+            "dev": dev,
+            "step": step,
             "best": progress.best,
             "steps": progress.step,
             "epochs": progress.epoch,
@@ -103,13 +105,20 @@ def distil(
     return metrics
 
 
+def _published(progress: Progress, params: StudentParams) -> tuple[int, dict[str, float] | None]:
+    """The step whose student is published, and its loss on dev."""
+    best = progress.best
+    if params.train.publish == "last" or best is None:
+        return progress.step, progress.dev
+    return int(best["step"]), {name: value for name, value in best.items() if name != "step"}
+
+
 def _publish(
     out: Path, learner: Learner, progress: Progress, facts: dict[str, Any], metrics: dict[str, Any], run: Run
 ) -> None:
     with publish_dir(out) as partial:
-        best = progress.best
-        if run.params.train.publish == "best" and best is not None and best["step"] != progress.step:
-            run.snapshots.copy(int(best["step"]), partial)
+        if metrics["step"] != progress.step:
+            run.snapshots.copy(metrics["step"], partial)
         else:
             write_student(partial, learner, facts)
         run.snapshots.publish(partial / "checkpoints")

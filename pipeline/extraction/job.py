@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Int64
 from numpy import ndarray
 
@@ -21,6 +20,7 @@ from cache.plan import StorePlan, plan_rows
 from cache.ragged import Store
 from cache.receipts import store_key, store_path
 from cache.zarrshard import ArraySpec, Grid
+from pipeline.devices import without_tf32
 from pipeline.extraction.settings import Chunk, ExtractParams, Keep, kept_arrays
 from pipeline.extraction.windows import allowed, longest_samples
 from pipeline.upstream import Upstream
@@ -133,7 +133,6 @@ def check_waves(manifest: Manifest, waves: Store) -> None:
 
 
 def precision_of(device: str) -> dict[str, Any]:
-    """The arithmetic of a forward on `device`. TF32 is switched off: it changes features by 1e-3."""
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
+    """The arithmetic of a forward on `device`; TF32 is switched off."""
+    without_tf32()
     return {"device": device.split(":")[0], "compute": "float32", "tf32": False}

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from cache.errors import StoreError
+from pipeline.devices import without_tf32
 from pipeline.teachers.families import FAMILIES, build_model
 from pipeline.teachers.grid import STORE, onto_store
 from pipeline.teachers.inputs import HEARS, Waveform
@@ -86,8 +87,7 @@ def load_teacher(directory: Path, device: str = "cpu") -> Teacher:
     pinned, config, weights = load_pinned(Path(directory))
     if device.startswith("cuda"):
         # TF32 keeps ten bits of a product: 1e-3 where the fingerprint says float32
-        torch.backends.cudnn.allow_tf32 = False
-        torch.backends.cuda.matmul.allow_tf32 = False
+        without_tf32()
     model = build_model(config, f"{directory}/config.json", "cpu")
     # masked_spec_embed stands for masked frames in pretraining; published trunks come with and without it
     missing, unexpected = model.load_state_dict(weights, strict=False)

@@ -90,7 +90,8 @@ def fit_clusters(
         total += len(drawn[-1])
     if total < clusters:
         raise SettingsError(
-            f"{total} frames cannot make clusters: {clusters}; lower it, or give more audio in split train"
+            f"{total} frames cannot make clusters: {clusters}; lower it, or "
+            f"{'raise fit_frames' if total >= fit_frames else 'give more audio in split train'}"
         )
     stacked = np.concatenate(drawn)
     drawn.clear()
