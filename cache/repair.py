@@ -2,23 +2,30 @@
 
 A shard is dropped by taking its line out of the journal (in one rename) and then its file away: killed in between, it is
 a file without a line, which does not exist. What follows from the rest of the store (an array's zarr.json, a journal
-line that a receipt knows) is written anew on the spot. A store whose header or columns are damaged loses its zarr.json:
-the next extraction writes both again and keeps the shards.
+line that a receipt knows) is written anew on the spot. A store whose header or columns are damaged keeps only its key in
+its zarr.json: the next extraction writes both again and keeps the shards. It keeps none whose store nobody can tell,
+such as those of a store that was copied over this one: the sizes of two stores may agree, and their numbers do not.
 """
 
+import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from cache.errors import StoreError
 from cache.findings import Finding, Verdict
-from cache.header import JOURNAL
+from cache.header import JOURNAL, MAX_JSON_BYTES
+from cache.inventory import read_receipt
 from cache.journal import journal_line, read_journal
+from cache.places import bytes_of
 from cache.process import exclusive
-from cache.publish import fsync, named_io_errors, publish_file, write_json
+from cache.publish import fsync, named_io_errors, parse_json, publish_file, write_json
 from cache.ragged import Store
+from cache.receipts import store_key
 from cache.tables import table_names, table_path
 from cache.verify import HEADER, verify_store
+from cache.writer import await_header
 from cache.zarrshard import array_metadata, shard_path
 
 
@@ -50,10 +57,16 @@ def repair_store(directory: Path, receipts: Sequence[Path] = ()) -> tuple[Verdic
         verdict = verify_store(directory, receipts, full=True)
         done = Repair(directory, left=[f for f in verdict.damage if f.kind == "receipt"])
         if lost := [f for f in verdict.findings if f.kind in ("header", "column")]:
-            # without its header's file the next extraction writes header and columns, and keeps the shards
-            (directory / HEADER).unlink(missing_ok=True)
-            fsync(directory)
             done.dropped = sorted({f.place for f in lost})
+            says = _says_this_store(directory)
+            if says or (says is None and _keep_promised(directory, receipts, done)):
+                await_header(directory, directory.name)
+            elif re.fullmatch("[0-9a-f]{20}", directory.name):
+                _drop_all(directory, done)
+            else:
+                raise StoreError(
+                    f"{directory} has no store's name: {lost[0].detail}; rename it to its key, or delete it"
+                )
             return verdict, done
         store = Store(directory)
         for finding in verdict.findings:
@@ -68,6 +81,59 @@ def repair_store(directory: Path, receipts: Sequence[Path] = ()) -> tuple[Verdic
                 (directory / finding.place).unlink(missing_ok=True)
                 done.removed.append(finding.place)
     return verdict, done
+
+
+def _says_this_store(directory: Path) -> bool | None:
+    """Whether a header, damaged or not, names the store of its folder; None if it names none."""
+    try:
+        text = bytes_of(directory / HEADER, MAX_JSON_BYTES) or b""
+    except StoreError:
+        return None
+    # by its key or by its fingerprint: one damaged bit leaves one of them
+    keys = re.findall(rb"key....([0-9a-f]{20})", text, re.DOTALL)
+    if directory.name.encode() in keys:
+        return True
+    try:
+        header = parse_json(text, directory / HEADER)["attributes"]["decant"]
+        named = store_key(header["kind"], header["fingerprint"])
+    except (StoreError, KeyError, TypeError, ValueError, RecursionError):
+        return False if keys else None
+    return named == directory.name
+
+
+def _keep_promised(directory: Path, receipts: Sequence[Path], done: Repair) -> bool:
+    """Keep those lines of the journal that a receipt of this store has, too; False if there are none."""
+    promised: dict[tuple[str, int], tuple[int, str]] = {}
+    for path in receipts:
+        try:
+            receipt = read_receipt(path)
+        except StoreError as error:
+            done.left.append(Finding("receipt", str(path), str(error)))
+            continue
+        for name, array in receipt["arrays"].items() if receipt["key"] == directory.name else ():
+            promised |= {(name, shard): (size, digest) for shard, (size, digest) in enumerate(array["shards"])}
+            promised |= {(f"{name}.{t}", 0): (size, digest) for t, (size, digest) in array.get("tables", {}).items()}
+    kept = {place: row for place, row in read_journal(directory).rows.items() if promised.get(place) == row}
+    if kept:
+        _write_journal(directory, kept)
+        done.rewritten.append(JOURNAL)
+    return bool(kept)
+
+
+def _drop_all(directory: Path, done: Repair) -> None:
+    """Take away all but the lock: first the journal, without which the rest counts for nothing."""
+    (directory / JOURNAL).unlink(missing_ok=True)
+    (directory / HEADER).unlink(missing_ok=True)
+    fsync(directory)
+    rest = {p for p in directory.iterdir() if p.name != "writer.lock"}
+    for place in rest:
+        shutil.rmtree(place) if place.is_dir() and not place.is_symlink() else place.unlink()
+    done.dropped = sorted({HEADER, JOURNAL, *(p.name for p in rest)})
+
+
+def _write_journal(directory: Path, rows: dict[tuple[str, int], tuple[int, str]]) -> None:
+    with publish_file(directory / JOURNAL) as partial:
+        partial.write_bytes(b"".join(journal_line(*place, *row) for place, row in rows.items()))
 
 
 def _drop_shards(store: Store, verdict: Verdict, done: Repair) -> None:
@@ -101,8 +167,7 @@ def _drop_shards(store: Store, verdict: Verdict, done: Repair) -> None:
             rows.pop((name, shard))
             changed = True
     if changed:
-        with publish_file(store.directory / JOURNAL) as partial:
-            partial.write_bytes(b"".join(journal_line(*place, *row) for place, row in rows.items()))
+        _write_journal(store.directory, rows)
         done.rewritten.append(JOURNAL)
     if journal.damaged:  # whose line it was nobody knows: every file without a line goes
         done.dropped += [f.place for f in verdict.findings if f.kind == "unfinished"]

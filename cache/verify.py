@@ -20,6 +20,7 @@ from cache.local import first_chunk
 from cache.ragged import Store
 from cache.receipts import store_key
 from cache.tables import check_table, describe_tables, table_names, table_path
+from cache.writer import awaits_header
 from cache.zarrshard import CRC_BYTES, ArraySpec, crc32c, decode_index, shard_bytes, shard_path, write_column
 
 BLOCK_BYTES = 2**23  # read at a time
@@ -47,6 +48,9 @@ def verify_store(
         store = Store(directory)
         plan, ids = store.plan, store.ids
     except DecantError as error:
+        if awaits_header(directory, directory.name):
+            say(Finding("header", HEADER, "was damaged and a repair took it away; the store's stage writes it again"))
+            return verdict
         column = next((c for c in COLUMNS if f"{directory / c} " in f"{error} "), None)
         say(Finding("column" if column else "header", f"{column}/c/0" if column else HEADER, str(error)))
         return verdict

@@ -17,11 +17,11 @@ from jaxtyping import Int64, Shaped
 
 from cache.codecs import Tables
 from cache.errors import ResourceError, StoreError
-from cache.header import check_array, read_header, write_header
+from cache.header import FORMAT, JOURNAL, MAX_JSON_BYTES, check_array, read_header, write_header
 from cache.journal import Journal
 from cache.plan import StorePlan, plan_rows
 from cache.process import exclusive
-from cache.publish import fsync, named_io_errors, partial_of, write_json
+from cache.publish import fsync, named_io_errors, partial_of, read_json, write_json
 from cache.scatter import start_flush
 from cache.tables import describe_tables, read_tables, table_names, tables_bytes, write_tables
 from cache.zarrshard import ArraySpec, Grid, array_metadata, encode_shard, shard_bytes, shard_path
@@ -145,6 +145,11 @@ def open_writer(
     specs = [ArraySpec(name, header["width"], header["codec"]) for name in arrays]
     with named_io_errors(directory), exclusive(directory / "writer.lock") as lock:
         if not (directory / "zarr.json").exists():
+            # a header is on the disk before the first line of its journal is: this journal is nobody knows whose
+            (directory / JOURNAL).unlink(missing_ok=True)
+            fsync(directory)
+            write_header(directory, header, ids, rows)
+        elif awaits_header(directory, header["key"]):
             write_header(directory, header, ids, rows)
         elif (found := read_header(directory))["key"] != header["key"]:
             raise StoreError(f"{directory} holds the store {found['key']}, not {header['key']}; move it away")
@@ -155,6 +160,23 @@ def open_writer(
                 write_json(directory / spec.name / "zarr.json", array_metadata(spec, grid, plan.num_rows))
             check_array(directory, spec, grid, plan.num_rows)
         yield StoreWriter(directory, plan, specs, grid, lock)
+
+
+def await_header(directory: Path, key: str) -> None:
+    """Leave of a damaged header only whose it was: the next `open_writer` of that key writes header and columns anew."""
+    write_json(directory / "zarr.json", _bare_header(key))
+
+
+def awaits_header(directory: Path, key: str) -> bool:
+    """Whether the header of a store is what `await_header` left there for this key."""
+    try:
+        return bool(read_json(directory / "zarr.json", MAX_JSON_BYTES) == _bare_header(key))
+    except StoreError:
+        return False
+
+
+def _bare_header(key: str) -> dict[str, Any]:
+    return {"zarr_format": 3, "node_type": "group", "attributes": {"decant": {"format": FORMAT, "key": key}}}
 
 
 def clear_partials(directory: Path) -> None:
