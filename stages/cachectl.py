@@ -75,8 +75,9 @@ def verify(
     from cache.receipts import store_root
     from cache.verify import verify_store
 
-    by_store, bad = receipts_by_store(json_files(receipts or []))
-    places = [_find(s) for s in stores] if stores else sorted({*find_stores(store_root()), *by_store})
+    places = [_find(s) for s in stores or []]
+    by_store, bad = receipts_by_store(json_files([*(receipts or []), *_receipts_among(stores or [])]))
+    places = places or sorted({*find_stores(store_root()), *by_store})
     verdicts = []
     for place in places:
         with _ticking(f"verify {place.name}", place, show=full and not as_json) as tick:
@@ -115,8 +116,8 @@ def repair(which: Which, receipts: Receipts = None, as_json: Json = False) -> No
     from cache.inventory import receipts_by_store
     from cache.repair import repair_store
 
-    by_store, _ = receipts_by_store(json_files(receipts or []))
     place = _find(which)
+    by_store, _ = receipts_by_store(json_files([*(receipts or []), *_receipts_among([which])]))
     _, done = repair_store(place, by_store.get(place, []))
     command = _command(done, by_store.get(place, []))
     if as_json:
@@ -201,6 +202,11 @@ def _command(done: "Repair", receipts: list[Path]) -> str | None:
         if stage:
             return f"dvc repro -f -s {stage}@{path.stem}"
     return "dvc repro -f -s extract features   (or the `decant extract` that made it; the rest is found done)"
+
+
+def _receipts_among(stores: list[str]) -> list[Path]:
+    """Stores that were named by their receipt, which says what is in them as those of `--receipts` do."""
+    return [Path(name) for name in stores if name.endswith(".json")]
 
 
 def _find(which: str) -> Path:

@@ -163,3 +163,22 @@ def test_export_and_import_move_a_store(place, tmp_path, monkeypatch):
     assert done.returncode == 4
     assert done.stderr.startswith("decant cache import: ")
     assert "is no HDF5 file" in done.stderr
+
+
+def test_a_receipt_that_names_the_store_is_a_receipt(place, tmp_path):
+    receipt = tmp_path / "receipts" / "teachers" / "hubert.json"
+    whole = (place / "journal.jsonl").read_bytes()
+    (place / "journal.jsonl").unlink()
+    assert decant("verify", place.name).returncode == 0  # unfinished, as far as the store itself can tell
+    found = answer("verify", receipt, code=4)["findings"]
+    assert len(found) == 10
+    assert found == answer("verify", "--receipts", tmp_path / "receipts", code=4)["findings"]
+    assert found == answer("verify", receipt, "--receipts", tmp_path / "receipts", code=4)["findings"]
+    assert found == answer("verify", os.path.relpath(receipt, ROOT), "--receipts", receipt, code=4)["findings"]
+    done = answer("repair", receipt)
+    assert (done["dropped"], done["rewritten"], done["run"]) == ([], ["journal.jsonl"], None)
+    assert sorted((place / "journal.jsonl").read_bytes().splitlines()) == sorted(whole.splitlines())
+    assert answer("verify", "--full", receipt)["shards"] == 10
+    done = decant("verify", tmp_path / "no.json")
+    assert done.returncode == 4
+    assert "no.json does not exist" in done.stderr
