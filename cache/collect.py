@@ -28,6 +28,8 @@ class Garbage:
     bytes: int
     note: str
     """"" | "leftover" (of a run that was killed)."""
+    elsewhere: str = ""
+    """Where a link leads, what is there stays: others may link to it."""
 
 
 def json_files(places: Sequence[Path]) -> list[Path]:
@@ -36,12 +38,13 @@ def json_files(places: Sequence[Path]) -> list[Path]:
     Raises:
         SettingsError: a place does not exist.
     """
-    found: set[Path] = set()
+    found: dict[str, Path] = {}  # by full name: the same file may be named twice
     for place in places:
         if not place.exists():
             raise SettingsError(f"{place} does not exist; name folders or files with receipts")
-        found |= {place} if place.is_file() else {p for p in place.rglob("*.json") if p.is_file()}
-    return sorted(found)
+        files = [place] if place.is_file() else [p for p in place.rglob("*.json") if p.is_file()]
+        found |= {os.path.abspath(file): file for file in files}
+    return sorted(found.values())
 
 
 def referenced_keys(places: Sequence[Path]) -> set[str]:
@@ -78,23 +81,36 @@ def _strings(value: Any) -> Iterator[str]:
 
 def find_garbage(root: Path, keys: set[str]) -> list[Garbage]:
     """Stores under `root` with other keys, and what killed runs left beside the stores."""
-    stores = [Garbage(p, folder_bytes(p), "") for p in find_stores(root) if p.name not in keys]
-    hidden = [p for kind in ("waves", "features") for p in sorted((root / kind).glob(".*partial")) if p.is_dir()]
-    return stores + [Garbage(p, folder_bytes(p), "leftover") for p in hidden]
+    stores = [_garbage(p, "") for p in find_stores(root) if p.name not in keys]
+    hidden = [p for kind in ("waves", "features") for p in sorted((root / kind).glob(".*partial"))]
+    return stores + [_garbage(p, "leftover") for p in hidden if p.is_dir() or p.is_symlink()]
+
+
+def _garbage(place: Path, note: str) -> Garbage:
+    """A folder and what its deletion frees: nothing, if it is a link."""
+    if place.is_symlink():
+        return Garbage(place, 0, note, str(place.readlink()))
+    return Garbage(place, folder_bytes(place), note)
 
 
 def delete(garbage: Garbage) -> bool:
     """Delete a store or leftover under its writer's lock; False where a writer has it.
 
-    The folder leaves its name in one rename, so no reader meets half a store.
+    The folder leaves its name in one rename, so no reader meets half a store. Of a link only the link goes.
     """
     folder = garbage.place
     lock = folder.parent if garbage.note == "leftover" else folder
     try:
         with named_io_errors(folder), exclusive(lock / "writer.lock"):
+            if folder.is_symlink():
+                folder.unlink()
+                fsync(folder.parent)
+                return True
             gone = folder if garbage.note == "leftover" else partial_of(folder)
             if gone != folder:
-                if gone.exists():
+                if gone.is_symlink():
+                    gone.unlink()
+                elif gone.exists():
                     shutil.rmtree(gone)
                 os.replace(folder, gone)
                 fsync(folder.parent)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ import numpy as np
 import xxhash
 from jaxtyping import Int16
 
-from cache.errors import DataError
-from cache.header import write_header
-from cache.journal import Journal
+from cache.errors import DataError, ResourceError
+from cache.header import COLUMNS, write_header
+from cache.journal import Journal, read_journal
 from cache.plan import plan_rows
 from cache.process import exclusive
-from cache.publish import fsync, named_io_errors, write_json
+from cache.publish import fsync, named_io_errors, partial_of, write_json
+from cache.verify import verify_store
 from cache.writer import write_shard
 from cache.zarrshard import ArraySpec, Grid, array_metadata, encode_shard, shard_path
 
@@ -76,7 +78,13 @@ class WaveWriter:
         self._shard = []
 
     def finish(self, key: str, fingerprint: dict[str, Any]) -> Path:
-        """Write the last shard and the columns, and give the store its name under `stores`."""
+        """Write the last shard and the columns, and give the store its name under `stores`.
+
+        A sound store that has the name already is the same one: it stays.
+
+        Raises:
+            ResourceError: what has the name cannot be moved aside, or the disk refuses.
+        """
         self._flush()
         rows = np.array(self.rows, dtype=np.int64)
         header = {
@@ -93,8 +101,43 @@ class WaveWriter:
         write_header(self.directory, header, self.ids, rows)
         place = self.stores / key
         with named_io_errors(place):
-            if place.exists():
-                shutil.rmtree(place)
-            os.replace(self.directory, place)
-            fsync(self.stores)
+            if not self._is_at(place):
+                self._move_to(place)
         return place
+
+    def _is_at(self, place: Path) -> bool:
+        """Whether a store lies there that has the facts of the one just made, every byte of it as committed."""
+        facts = [
+            "zarr.json",
+            "wave/zarr.json",
+            *(f"{column}/{file}" for column in COLUMNS for file in ("zarr.json", "c/0")),
+        ]
+        return (
+            all((place / f).is_file() and (place / f).read_bytes() == (self.directory / f).read_bytes() for f in facts)
+            and read_journal(place).rows == self.journal.rows
+            and all(f.kind in ("extra", "leftover") for f in verify_store(place, full=True).findings)
+        )
+
+    def _move_to(self, place: Path) -> None:
+        """Give the store its name; what has it so far is gone only when the new one is in its place."""
+        old = partial_of(place)
+        try:
+            _remove(old)  # of a preparation or a clean-up that was killed
+            if os.path.lexists(place):
+                os.replace(place, old)
+            os.replace(self.directory, place)
+        except OSError as error:
+            raise ResourceError(
+                f"{place} is in the way and cannot be moved aside ({error.strerror}); move it away and run this again"
+            ) from error
+        fsync(self.stores)
+        if old.is_symlink():
+            print(f"{place} was a link, and is a folder now; what is at {old.readlink()} stays", file=sys.stderr)
+        _remove(old)
+
+
+def _remove(place: Path) -> None:
+    if place.is_symlink() or place.is_file():
+        place.unlink()
+    else:
+        shutil.rmtree(place, ignore_errors=True)

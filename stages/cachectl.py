@@ -150,6 +150,7 @@ def gc(
             "store": f"{g.place.parent.name}/{g.place.name}",
             "bytes": g.bytes,
             "leftover": bool(g.note),
+            "link_to": g.elsewhere or None,
             "deleted": yes and delete(g),
         }
         for g in garbage
@@ -159,7 +160,8 @@ def gc(
         return
     for row in rows:
         verb = ("deleted" if row["deleted"] else "in use, kept") if yes else "would delete"
-        print(f"{verb} {row['store']} ({row['bytes'] / 1e6:,.1f} MB)")
+        link = f"; a link: what is at {row['link_to']} stays" if row["link_to"] else ""
+        print(f"{verb} {row['store']} ({row['bytes'] / 1e6:,.1f} MB){link}")
     total = sum(g.bytes for g in garbage) / 1e6
     print(f"{len(garbage)} that nothing refers to, {total:,.1f} MB" + ("" if yes or not garbage else "; --yes deletes"))
 

@@ -182,3 +182,14 @@ def test_a_receipt_that_names_the_store_is_a_receipt(place, tmp_path):
     done = decant("verify", tmp_path / "no.json")
     assert done.returncode == 4
     assert "no.json does not exist" in done.stderr
+
+
+def test_gc_says_where_a_link_leads_and_deletes_the_link_alone(place, tmp_path):
+    other, _ = build({"model": "other"})
+    big = other.rename(tmp_path / "big-disk")
+    other.symlink_to(big)
+    assert f"a link: what is at {big} stays" in decant("gc", tmp_path / "receipts").stdout
+    (row,) = answer("gc", tmp_path / "receipts", "--yes")
+    assert (row["deleted"], row["bytes"], row["link_to"]) == (True, 0, str(big))
+    assert not other.is_symlink()
+    assert (big / "journal.jsonl").exists()
