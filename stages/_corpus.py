@@ -26,7 +26,7 @@ def open_corpus(manifest: Path, waves: Path, verify: bool | float = True) -> "tu
     from cache.receipts import open_receipt
 
     utterances, store = read_manifest(manifest), open_receipt(waves, verify)
-    if store.fingerprint["audio"] != utterances.audio_digest:
+    if store.fingerprint.get("audio") != utterances.audio_digest:
         raise StoreError(
             f"{waves} is of other audio than {manifest}: they were not written by one `decant prepare`; run it again, or name "
             "the two that belong together"

@@ -34,12 +34,14 @@ def decant(*arguments, **options):
 
 def test_the_command_writes_the_teacher_and_what_a_student_starts_from(corpus, tmp_path, monkeypatch):
     monkeypatch.setenv("DECANT_STORE", str(tmp_path / "store"))
+    heard = corpus.manifest.select(split="train")
     with WaveWriter(tmp_path / "store" / "waves") as writer:
-        for utterance in corpus.manifest.select(split="train"):
+        for utterance in heard:
             writer.add(utterance.id, corpus.waves.read("wave", utterance.id))
-        place = writer.finish(store_key("waves", {}), {})
+        fingerprint = {"audio": heard.audio_digest}
+        place = writer.finish(store_key("waves", fingerprint), fingerprint)
     write_json(tmp_path / "waves.json", make_receipt(place, ["wave"]))
-    write_manifest(tmp_path / "manifest.jsonl", corpus.manifest.select(split="train"))
+    write_manifest(tmp_path / "manifest.jsonl", heard)
     continued = {**SETTINGS, **WHOLE, "distort": DISTORT, "steps": [2]}
     teachers = {
         "made": {"source": SETTINGS, "normalise": None, "keep": {}},
