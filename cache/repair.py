@@ -4,7 +4,8 @@ A shard is dropped by taking its line out of the journal (in one rename) and the
 a file without a line, which does not exist. What follows from the rest of the store (an array's zarr.json, a journal
 line that a receipt knows) is written anew on the spot. A store whose header or columns are damaged keeps only its key in
 its zarr.json: the next extraction writes both again and keeps the shards. It keeps none whose store nobody can tell,
-such as those of a store that was copied over this one: the sizes of two stores may agree, and their numbers do not.
+such as those of a store that was copied over this one: the sizes of two stores may agree, and their numbers do not. What
+may be the only copy of another store is left alone.
 """
 
 import re
@@ -58,9 +59,14 @@ def repair_store(directory: Path, receipts: Sequence[Path] = ()) -> tuple[Verdic
         done = Repair(directory, left=[f for f in verdict.damage if f.kind == "receipt"])
         if lost := [f for f in verdict.findings if f.kind in ("header", "column")]:
             done.dropped = sorted({f.place for f in lost})
-            says = _says_this_store(directory)
-            if says or (says is None and _keep_promised(directory, receipts, done)):
+            named = _named(directory)
+            if named == directory.name or (named is None and _keep_promised(directory, receipts, done)):
                 await_header(directory, directory.name)
+            elif named is not None and not (directory.parent / named / HEADER).exists():
+                raise StoreError(
+                    f"{directory} holds the store {named}, which is not beside it: rename it to that, or delete it; then "
+                    "extract again what should be here"
+                )
             elif re.fullmatch("[0-9a-f]{20}", directory.name):
                 _drop_all(directory, done)
             else:
@@ -83,22 +89,22 @@ def repair_store(directory: Path, receipts: Sequence[Path] = ()) -> tuple[Verdic
     return verdict, done
 
 
-def _says_this_store(directory: Path) -> bool | None:
-    """Whether a header, damaged or not, names the store of its folder; None if it names none."""
+def _named(directory: Path) -> str | None:
+    """The key of the store that a header, damaged or not, names: of its folder, if it does in any way; None if of none."""
     try:
         text = bytes_of(directory / HEADER, MAX_JSON_BYTES) or b""
     except StoreError:
         return None
     # by its key or by its fingerprint: one damaged bit leaves one of them
-    keys = re.findall(rb"key....([0-9a-f]{20})", text, re.DOTALL)
-    if directory.name.encode() in keys:
-        return True
+    keys = [key.decode() for key in re.findall(rb"key....([0-9a-f]{20})", text, re.DOTALL)]
+    if directory.name in keys:
+        return directory.name
     try:
         header = parse_json(text, directory / HEADER)["attributes"]["decant"]
         named = store_key(header["kind"], header["fingerprint"])
     except (StoreError, KeyError, TypeError, ValueError, RecursionError):
-        return False if keys else None
-    return named == directory.name
+        return keys[0] if keys else None
+    return named if named == directory.name or not keys else keys[0]
 
 
 def _keep_promised(directory: Path, receipts: Sequence[Path], done: Repair) -> bool:

@@ -144,13 +144,23 @@ def test_what_is_left_of_another_stores_header_is_no_way_in(place):
     assert not awaits_header(place, place.name)
     with pytest.raises(StoreError, match="its header lacks"):
         build()
-    repair_store(place)
-    assert build()[1] == SHARDS
+    with pytest.raises(StoreError, match=f"holds the store {'0' * 20}, which is not beside it"):
+        repair_store(place)
+
+
+def test_the_only_copy_of_another_store_is_left_alone(place):
+    other = other_store()
+    shutil.rmtree(place)
+    other.rename(place)
+    with pytest.raises(StoreError, match=f"holds the store {other.name}, which is not beside it: rename it to that"):
+        repair_store(place)
+    place.rename(other)
+    assert verify_store(other, full=True).findings == []
 
 
 def test_a_store_under_a_name_of_its_owners_is_left_alone(place):
     kept = place.rename(place.with_name("keep-this"))
-    with pytest.raises(StoreError, match="rename it to its key, or delete it"):
+    with pytest.raises(StoreError, match=f"holds the store {place.name}, which is not beside it: rename it to that"):
         repair_store(kept)
     kept.rename(place)
     assert verify_store(place, full=True).findings == []
