@@ -90,10 +90,23 @@ def publish_dir(path: Path, resume: bool = False) -> Iterator[Path]:
         yield partial
         for file in sorted(partial.rglob("*")):
             fsync(file)
+        before = partial_of(path.with_name(f"{path.name}.before"))
+        _remove(before)
         if path.exists():
-            shutil.rmtree(path)
+            os.replace(
+                path, before
+            )  # out of the way in one rename: deleting it first could be all that a kill lets happen
         os.replace(partial, path)
         fsync(path.parent)
+        _remove(before)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder, or a link to one, if it is there."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
 
 
 @contextmanager
