@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -50,6 +51,24 @@ def forks(warm):
     return psutil.Process(warm._process.pid).children(recursive=True)
 
 
+@contextmanager
+def reading(fifo):
+    """While a command reads from a FIFO that says nothing."""
+    handles = []
+
+    def opened():
+        with suppress(OSError):  # nobody reads
+            handles.append(os.open(fifo, os.O_WRONLY | os.O_NONBLOCK))
+        return handles
+
+    until(opened)
+    time.sleep(0.2)  # from opening it to reading
+    try:
+        yield
+    finally:
+        os.close(handles[0])
+
+
 def until(condition):
     deadline = time.monotonic() + 20
     while not condition():
@@ -75,9 +94,10 @@ def test_a_warm_command_says_what_the_cold_one_says(warm, arguments, tmp_path):
 
 def test_a_fork_has_torch_and_no_transformers(warm, start, blocked):
     start(blocked)
-    until(lambda: len(forks(warm)) == 2)  # the command, and the one that waits for it
-    time.sleep(0.5)
-    loaded = {Path(mapped.path).name for fork in forks(warm) for mapped in fork.memory_maps()}
+    with reading(blocked[-1]):
+        running = forks(warm)  # the command, and the one that waits for it
+        loaded = {Path(mapped.path).name for fork in running for mapped in fork.memory_maps()}
+    assert len(running) == 2
     assert "libtorch_cpu.so" in loaded
     assert not any("tokenizers" in name for name in loaded)  # the native half of transformers
 
@@ -85,10 +105,9 @@ def test_a_fork_has_torch_and_no_transformers(warm, start, blocked):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_signal_to_the_command_ends_the_fork(warm, start, blocked, number):
     process = start(blocked)
-    until(lambda: len(forks(warm)) == 2)
-    time.sleep(0.2)
-    process.send_signal(number)
-    process.communicate(timeout=20)
+    with reading(blocked[-1]):  # before that it imports, where Python may lose a KeyboardInterrupt
+        process.send_signal(number)
+        process.communicate(timeout=20)
     assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}[number]
     until(lambda: not forks(warm))
 
