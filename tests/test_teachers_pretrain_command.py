@@ -1,8 +1,5 @@
 """`decant teacher` with {kind: pretrain}: as a person calls it."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import yaml
@@ -14,22 +11,13 @@ from cache.receipts import make_receipt, store_key
 from cache.waves import WaveWriter
 from pipeline.student.adopt import adopt
 from pipeline.teachers.forward import load_teacher
+from tests.in_process import decant
 from tests.pretrain_fixtures import DISTORT, SETTINGS, WHOLE, make_melodies
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     return make_melodies(tmp_path_factory.mktemp("waves"))
-
-
-def decant(*arguments, **options):
-    return subprocess.run(
-        [sys.executable, "-m", "stages", "teacher", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        **options,
-    )
 
 
 def test_the_command_writes_the_teacher_and_what_a_student_starts_from(corpus, tmp_path, monkeypatch):
@@ -55,7 +43,7 @@ def test_the_command_writes_the_teacher_and_what_a_student_starts_from(corpus, t
 
     def command(name, *more):
         out, init = tmp_path / name, tmp_path / f"{name}.safetensors"
-        return decant(name, "--out", out, "--init", init, "--params", tmp_path / "params.yaml", *more)
+        return decant("teacher", name, "--out", out, "--init", init, "--params", tmp_path / "params.yaml", *more)
 
     refused = command("made")
     assert (refused.returncode, refused.stderr) == (

@@ -7,9 +7,12 @@ over frames, and insists that every parameter takes part in every step, which a 
 
 import atexit
 import os
+import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from types import FrameType
 from typing import NamedTuple
 
 import torch
@@ -64,11 +67,19 @@ def join_world(device: str) -> Iterator[tuple[World, str]]:
             torch.cuda.set_device(device)
         with _others_needed():
             dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size)
+        signal.signal(signal.SIGTERM, _end_in_time)
     try:
         with _told_once(store):  # before the group is left, which is an error to the others
             yield World(rank, size), device
     finally:
         dist.destroy_process_group()
+
+
+def _end_in_time(number: int, _: FrameType | None) -> None:
+    """The launcher stops all when one has gone: whoever is about to say what went wrong has time to, outside the loop, too."""
+    timer = threading.Timer(TO_TELL.total_seconds(), os._exit, (128 + number,))
+    timer.daemon = True
+    timer.start()
 
 
 @contextmanager
