@@ -1,6 +1,7 @@
 """A key of params.yaml and a settings model in, checked settings out; a failure is one line with key, value and choices."""
 
 import difflib
+import functools
 import typing
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,13 +32,12 @@ def lookup(key: str, params: Path) -> Any:
     Raises:
         SettingsError: the file or a part of the key is missing; the nearest name is offered.
     """
-    from ruamel.yaml import YAML, YAMLError
+    from ruamel.yaml import YAMLError
 
     from cache.errors import SettingsError
 
     try:
-        # YAML 1.2, as DVC reads and writes it: `dvc exp run -S` takes the quotes off "yes", which 1.1 then calls a boolean
-        value: Any = YAML(typ="safe", pure=True).load(params.read_text(encoding="utf-8"))
+        value = _parsed(params.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SettingsError(f"{params} does not exist; run from the project's root or pass --params") from None
     except YAMLError as error:
@@ -53,6 +53,15 @@ def lookup(key: str, params: Path) -> Any:
         walked.append(part)
         value = value[part]
     return value
+
+
+@functools.lru_cache(maxsize=4)
+def _parsed(text: str) -> Any:
+    """The text is parsed once, however many keys are asked for."""
+    from ruamel.yaml import YAML
+
+    # YAML 1.2, as DVC reads and writes it: `dvc exp run -S` takes the quotes off "yes", which 1.1 then calls a boolean
+    return YAML(typ="safe", pure=True).load(text)
 
 
 def _nearest(name: str, choices: list[str]) -> str:
