@@ -80,7 +80,7 @@ def folder(work: Path, params: dict[str, Any]) -> Path:
     """A folder for the stages of one seed."""
     for below in ("data/teachers", "data/init", "receipts/features", "reports"):
         (work / below).mkdir(parents=True, exist_ok=True)
-    (work / "params.yaml").write_text(yaml.safe_dump(params))
+    (work / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     return work
 
 
